@@ -1,0 +1,107 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	agentv1 "github.com/cloister-dev/cloister/internal/gen/agent/v1"
+	"github.com/cloister-dev/cloister/internal/journal"
+	"github.com/cloister-dev/cloister/internal/sandbox"
+)
+
+const maxReasonBytes = 500
+
+func isNotFound(err error) bool { return errors.Is(err, sandbox.ErrNotFound) }
+
+// Get returns a sandbox, also one that ended lately.
+func (a *Agent) Get(_ context.Context, req *agentv1.GetRequest) (*agentv1.GetResponse, error) {
+	in, err := a.visible(req.GetId())
+	if err != nil {
+		return nil, toWireError(err)
+	}
+	r := in.record()
+	return &agentv1.GetResponse{Sandbox: toWireSandbox(&r.Sandbox)}, nil
+}
+
+// Kill ends a sandbox and frees what it held.
+func (a *Agent) Kill(ctx context.Context, req *agentv1.KillRequest) (*agentv1.KillResponse, error) {
+	in, err := a.visible(req.GetId())
+	if err != nil {
+		return nil, toWireError(err)
+	}
+	reason := req.GetReason()
+	if reason == "" {
+		reason = "killed by request"
+	}
+	e := journal.Ending{State: sandbox.StateDeleted, Reason: fmt.Sprintf("%.*s", maxReasonBytes, reason), Type: "killed"}
+	if err := a.kill(ctx, in, e); err != nil {
+		return nil, toWireError(err)
+	}
+	return &agentv1.KillResponse{}, nil
+}
+
+// kill ends a sandbox. One that has ended, or is about to for another reason, is ErrNotFound.
+func (a *Agent) kill(ctx context.Context, in *instance, e journal.Ending) error {
+	if err := in.lock(ctx); err != nil {
+		return err
+	}
+	defer a.release(in)
+	r := in.record()
+	if r.State.Ended() {
+		return sandbox.NotFoundf("sandbox %s is %s: %s", in.id, r.State, ending(&r))
+	}
+	if err := a.end(ctx, in, e); err != nil {
+		a.retryLater(ctx, in, err)
+		return fmt.Errorf("end sandbox %s: %w: it will be tried again: %w", in.id, sandbox.ErrUnavailable, err)
+	}
+	return nil
+}
+
+// SetTimeout moves the end of a sandbox.
+func (a *Agent) SetTimeout(ctx context.Context, req *agentv1.SetTimeoutRequest) (*agentv1.SetTimeoutResponse, error) {
+	a.followClock(ctx)
+	in, err := a.visible(req.GetId())
+	if err != nil {
+		return nil, toWireError(err)
+	}
+	var end time.Time // never
+	if req.GetTimeout() != nil {
+		d, err := fromWireTimeout(req.GetTimeout())
+		if err != nil {
+			return nil, toWireError(err)
+		}
+		end = now().Add(d)
+	}
+	if err := a.setEnd(ctx, in, end, req.GetExtendOnly()); err != nil {
+		return nil, toWireError(err)
+	}
+	r := in.record()
+	return &agentv1.SetTimeoutResponse{Sandbox: toWireSandbox(&r.Sandbox)}, nil
+}
+
+func (a *Agent) setEnd(ctx context.Context, in *instance, end time.Time, extendOnly bool) error {
+	if err := in.lock(ctx); err != nil {
+		return err
+	}
+	defer a.release(in)
+	r := in.record()
+	if r.State != sandbox.StateRunning || !in.alive() {
+		return sandbox.NotFoundf("sandbox %s is %s: %s", in.id, r.State, ending(&r))
+	}
+	if r.EndAt.Equal(end) || extendOnly && !later(end, r.EndAt) {
+		return nil
+	}
+	r.EndAt = end
+	r.Generation++
+	return a.put(ctx, in, r, journal.Change{Type: "timeout_set", Time: now(), Sandbox: r.Sandbox})
+}
+
+// later reports whether the end x comes after the end y, zero being never.
+func later(x, y time.Time) bool {
+	if x.IsZero() || y.IsZero() {
+		return x.IsZero() && !y.IsZero()
+	}
+	return x.After(y)
+}

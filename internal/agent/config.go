@@ -1,0 +1,120 @@
+package agent
+
+import (
+	"context"
+	"log/slog"
+	"net"
+	"net/netip"
+	"runtime"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/cloister-dev/cloister/internal/engine"
+	"github.com/cloister-dev/cloister/internal/gen/node/v1/nodev1connect"
+	"github.com/cloister-dev/cloister/internal/journal"
+	"github.com/cloister-dev/cloister/internal/sandbox"
+)
+
+// Config is what can be set. The zero value of a field means its default, where one is named.
+type Config struct {
+	// Name, Version, Architecture, Kernel and Labels are what the node says of itself when it registers.
+	Name, Version, Architecture, Kernel string
+	Labels                              map[string]string
+	// Capacity is what sandboxes may hold; the journal enforces it.
+	Capacity sandbox.Resources
+	// ScratchDir is the directory on the file system that takes what guests write.
+	ScratchDir string
+	// Resolvers are the name servers that sandboxes use; empty leaves the image's own.
+	Resolvers []netip.Addr
+
+	// GuestArgs is the first process of a sandbox. Default: /usr/local/bin/cloister-guest.
+	GuestArgs []string
+	// GuestPort is where the agent inside listens. Default: 49983.
+	GuestPort uint16
+	// GuestVersion is the version of the E2B agent contract that it speaks. Default: 0.6.13.
+	GuestVersion string
+
+	// MaxStarting is how many cold starts run at once. Default: twice the cores.
+	MaxStarting int
+	// MaxWaiting is how many more may wait for their turn. Default: 1,000.
+	MaxWaiting int
+	// CreateTimeout bounds a create, its wait included. Default: 60 s.
+	CreateTimeout time.Duration
+	// GuestTimeout bounds the time from the start of a guest to the first answer of the agent inside. Default: 30 s.
+	GuestTimeout time.Duration
+	// ClaimTimeout bounds the handing over of a warm sandbox before another is tried. Default: 2 s.
+	ClaimTimeout time.Duration
+	// StopTimeout bounds one attempt to end a sandbox. Default: 20 s.
+	StopTimeout time.Duration
+
+	// WarmMin and WarmMax bound the number of warm sandboxes per image and size that was asked for lately. Defaults: 2
+	// and 16; a negative WarmMax switches the pool off.
+	WarmMin, WarmMax int
+	// WarmKeep is for how long after its last use a pool is kept up. Default: 1 h.
+	WarmKeep time.Duration
+	// WarmIdle is for how long after its last use a pool keeps more than it needs. Default: 1 min.
+	WarmIdle time.Duration
+	// MemoryPressure reports whether the machine is short of memory; the pool is then given back. Default: the kernel's
+	// pressure and available memory, see MemoryPressure.
+	MemoryPressure func() bool
+
+	// SampleInterval is the time between two samples of each sandbox's use, and Samples how many of them are kept.
+	// Defaults: 5 s and 360.
+	SampleInterval time.Duration
+	Samples        int
+	// ReportInterval is the longest time between two reports. Default: 5 s.
+	ReportInterval time.Duration
+	// Retention is for how long an ended sandbox is remembered, at least until the server knows. Default: 10 min.
+	Retention time.Duration
+}
+
+// Deps is what an Agent works with. All fields but Dial, Registerer and Logger are required.
+type Deps struct {
+	Journal *journal.Journal
+	Engine  engine.Engine
+	Network network
+	Images  images
+	Server  nodev1connect.NodeServiceClient
+	// Dial connects to guests. Default: a net.Dialer.
+	Dial       func(ctx context.Context, network, address string) (net.Conn, error)
+	Registerer prometheus.Registerer
+	Logger     *slog.Logger
+}
+
+func withDefaults(c Config) Config {
+	if len(c.GuestArgs) == 0 {
+		c.GuestArgs = []string{"/usr/local/bin/cloister-guest"}
+	}
+	if c.GuestVersion == "" {
+		c.GuestVersion = "0.6.13"
+	}
+	if c.MemoryPressure == nil {
+		c.MemoryPressure = MemoryPressure
+	}
+	orDefault(&c.GuestPort, 49983)
+	orDefault(&c.MaxStarting, 2*runtime.GOMAXPROCS(0))
+	orDefault(&c.MaxWaiting, 1000)
+	orDefault(&c.CreateTimeout, time.Minute)
+	orDefault(&c.GuestTimeout, 30*time.Second)
+	orDefault(&c.ClaimTimeout, 2*time.Second)
+	orDefault(&c.StopTimeout, 20*time.Second)
+	orDefault(&c.WarmMin, 2)
+	orDefault(&c.WarmMax, 16)
+	orDefault(&c.WarmKeep, time.Hour)
+	orDefault(&c.WarmIdle, time.Minute)
+	orDefault(&c.SampleInterval, 5*time.Second)
+	orDefault(&c.Samples, 360)
+	orDefault(&c.ReportInterval, 5*time.Second)
+	orDefault(&c.Retention, 10*time.Minute)
+	c.WarmMax = max(0, c.WarmMax)
+	c.WarmMin = max(0, min(c.WarmMin, c.WarmMax))
+	return c
+}
+
+func orDefault[T comparable](v *T, d T) {
+	var zero T
+	if *v == zero {
+		*v = d
+	}
+}

@@ -1,0 +1,41 @@
+package agent
+
+import (
+	"context"
+
+	"github.com/cloister-dev/cloister/internal/guestnet"
+	"github.com/cloister-dev/cloister/internal/image"
+	"github.com/cloister-dev/cloister/internal/journal"
+	"github.com/cloister-dev/cloister/internal/sandbox"
+)
+
+// network gives each sandbox its network. It has more methods than our interfaces usually do, because one life of one
+// thing is behind them.
+type network interface {
+	Acquire(ctx context.Context, id sandbox.ID, p guestnet.Policy) (guestnet.Attachment, error)
+	SetPolicy(ctx context.Context, id sandbox.ID, p guestnet.Policy) error
+	Adopt(ctx context.Context, a guestnet.Attachment, p guestnet.Policy) error
+	Release(ctx context.Context, id sandbox.ID) error
+	Sweep(ctx context.Context) error
+}
+
+// images makes and keeps root file system images.
+type images interface {
+	Build(ctx context.Context, r image.Request, progress func(image.Progress)) (image.Image, error)
+	Path(digest string) (string, error)
+	Remove(ctx context.Context, digest string) error
+	List(ctx context.Context) ([]image.Image, error)
+	Recover(ctx context.Context) error
+}
+
+func fromAttachment(a *guestnet.Attachment) journal.Network {
+	return journal.Network{NetNS: a.NetNS, Link: a.Link, GuestAddr: a.GuestAddr, Gateway: a.Gateway}
+}
+
+func toAttachment(id sandbox.ID, n *journal.Network) guestnet.Attachment {
+	return guestnet.Attachment{SandboxID: id, NetNS: n.NetNS, Link: n.Link, GuestAddr: n.GuestAddr, Gateway: n.Gateway}
+}
+
+func policyOf(r *journal.Record) guestnet.Policy {
+	return guestnet.Policy{AllowInternet: r.AllowInternet || r.Warm}
+}

@@ -1,0 +1,147 @@
+package agent
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/cloister-dev/cloister/internal/engine"
+	"github.com/cloister-dev/cloister/internal/journal"
+	"github.com/cloister-dev/cloister/internal/sandbox"
+)
+
+// instance is one sandbox of this node, in memory.
+type instance struct {
+	id sandbox.ID
+	// op is of capacity 1 and held by whoever changes the sandbox.
+	op chan struct{}
+
+	mu      sync.Mutex
+	rec     journal.Record // as last written to the journal
+	conns   map[tracked]struct{}
+	closed  bool              // no new connections: the sandbox ends or has ended
+	exit    *engine.Exit      // set when the guest has ended by itself
+	cancel  func(cause error) // ends the start under way
+	guest   *guestConn        // a connection that is kept for the claim of a warm sandbox
+	samples samples
+	retryAt time.Time // no clean-up is tried before
+	tries   int
+}
+
+func newInstance(r *journal.Record) *instance {
+	return &instance{id: r.ID, op: make(chan struct{}, 1), rec: *r}
+}
+
+// lock takes op.
+func (in *instance) lock(ctx context.Context) error {
+	select {
+	case in.op <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("wait for sandbox %s: %w", in.id, ctx.Err())
+	}
+}
+
+// tryLock takes op if nobody has it.
+func (in *instance) tryLock() bool {
+	select {
+	case in.op <- struct{}{}:
+		return true
+	default:
+		return false
+	}
+}
+
+func (in *instance) record() journal.Record {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	return in.rec
+}
+
+func (in *instance) set(r *journal.Record) {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	in.rec = *r
+}
+
+// setNetwork notes the network before anything is written: nothing needs it in the journal until the sandbox is usable.
+func (in *instance) setNetwork(n journal.Network) {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	in.rec.Network = n
+}
+
+// interruptible returns a context that ends when the guest does, or when interrupt is called.
+func (in *instance) interruptible(ctx context.Context) (inner context.Context, done func()) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	in.cancel = cancel
+	if in.exit != nil {
+		cancel(sandbox.Unavailablef("sandbox %s ended", in.id))
+	}
+	return ctx, func() {
+		cancel(nil)
+		in.mu.Lock()
+		defer in.mu.Unlock()
+		in.cancel = nil
+	}
+}
+
+// interrupt ends the start under way, if there is one.
+func (in *instance) interrupt(cause error) {
+	in.mu.Lock()
+	f := in.cancel
+	in.mu.Unlock()
+	if f != nil {
+		f(cause)
+	}
+}
+
+// ended notes that the guest is gone, closes every connection to it and ends the start under way.
+func (in *instance) ended(x engine.Exit, reason string) {
+	in.mu.Lock()
+	in.exit = &x
+	in.mu.Unlock()
+	in.closeConns()
+	in.interrupt(sandbox.Unavailablef("sandbox %s ended: %s", in.id, reason))
+}
+
+// alive reports whether the guest is not known to have ended.
+func (in *instance) alive() bool {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	return in.exit == nil && !in.closed
+}
+
+// keepGuest keeps a connection for the claim; takeGuest takes it.
+func (in *instance) keepGuest(g *guestConn) {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	in.guest = g
+}
+
+func (in *instance) takeGuest() *guestConn {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	g := in.guest
+	in.guest = nil
+	return g
+}
+
+func (in *instance) dropGuest() { in.takeGuest().close() }
+
+// failed notes a failed clean-up and returns when to try again: after 100 ms, doubling up to 30 s.
+func (in *instance) failed(at time.Time) time.Time {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	in.retryAt = at.Add(backoff(in.tries))
+	in.tries++
+	return in.retryAt
+}
+
+// backoff returns the wait after so many failures.
+func backoff(tries int) time.Duration {
+	return min(30*time.Second, 100*time.Millisecond<<min(tries, 20))
+}

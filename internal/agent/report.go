@@ -1,0 +1,230 @@
+package agent
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"log/slog"
+	"slices"
+	"time"
+
+	"connectrpc.com/connect"
+
+	nodev1 "github.com/cloister-dev/cloister/internal/gen/node/v1"
+	"github.com/cloister-dev/cloister/internal/journal"
+	"github.com/cloister-dev/cloister/internal/sandbox"
+)
+
+const (
+	// serverTimeout bounds one call to the server.
+	serverTimeout = 10 * time.Second
+	// maxReport is how many changes one report carries, except a full one.
+	maxReport = 256
+	// maxServerBackoff bounds the wait after the server did not answer.
+	maxServerBackoff = 5 * time.Second
+)
+
+// registration is what the server made of the node.
+type registration struct {
+	epoch int64
+	acked int64
+	full  bool // the server wants everything
+}
+
+// report registers and then tells the server every change, soon after it was made, and the load every so often.
+func (a *Agent) report(ctx context.Context) error {
+	var reg *registration
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for tries := 0; ; {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-timer.C:
+		case <-a.news:
+		}
+		var err error
+		if reg == nil {
+			reg, err = a.register(ctx)
+		}
+		if err == nil {
+			err = a.tell(ctx, reg)
+		}
+		wait := a.cfg.ReportInterval
+		switch {
+		case ctx.Err() != nil:
+			return nil
+		case err == nil:
+			tries = 0
+			a.metrics.reported.SetToCurrentTime()
+		case refused(err) && reg != nil:
+			a.log.InfoContext(ctx, "registering again", slog.Any("err", err))
+			reg, wait = nil, min(maxServerBackoff, backoff(tries))
+			tries++
+		default:
+			wait = min(maxServerBackoff, backoff(tries))
+			tries++
+			a.log.WarnContext(ctx, "server not told, trying again", slog.Duration("in", wait), slog.Any("err", err))
+		}
+		timer.Reset(wait)
+		if err != nil {
+			drain(a.news) // the timer says when to go on
+		}
+	}
+}
+
+func drain(c chan struct{}) {
+	select {
+	case <-c:
+	default:
+	}
+}
+
+// refused reports whether the server does not know the node, or not by this epoch.
+func refused(err error) bool {
+	if errors.Is(err, sandbox.ErrConflict) || isNotFound(err) || errors.Is(err, sandbox.ErrDenied) {
+		return true
+	}
+	switch connect.CodeOf(err) { //nolint:exhaustive // everything else is tried again as it is
+	case connect.CodeFailedPrecondition, connect.CodeNotFound, connect.CodeAborted, connect.CodeUnauthenticated:
+		return true
+	default:
+		return false
+	}
+}
+
+// register says who the node is, and takes what it needs to run sandboxes.
+func (a *Agent) register(ctx context.Context) (*registration, error) {
+	ims, err := a.journal.Images(ctx)
+	if err != nil {
+		return nil, err
+	}
+	caps, c := a.engine.Caps(), &a.cfg
+	req := &nodev1.RegisterRequest{
+		NodeId: string(a.node), Name: c.Name, Version: c.Version, Architecture: c.Architecture, Kernel: c.Kernel,
+		Engines:  []*nodev1.Engine{{Name: caps.Name, Version: caps.Version, Capabilities: caps.Capabilities}},
+		Capacity: toWireResources(a.journal.Ledger().Capacity), Labels: c.Labels,
+	}
+	for _, im := range ims {
+		req.ImageDigests = append(req.ImageDigests, im.Digest)
+	}
+	ctx, cancel := context.WithTimeout(ctx, serverTimeout)
+	defer cancel()
+	resp, err := a.server.Register(ctx, req)
+	if err != nil {
+		return nil, err
+	}
+	secret := resp.GetTokenSecret()
+	if len(secret) < 16 {
+		return nil, sandbox.Unavailablef("the server sent a token secret of %d bytes: want 16 or more", len(secret))
+	}
+	a.secret.Store(&secret)
+	reg := &registration{epoch: resp.GetEpoch(), acked: resp.GetAcknowledgedSequence()}
+	reg.full = reg.acked == 0
+	if reg.acked > 0 {
+		if err := a.acknowledge(ctx, reg.acked); err != nil {
+			return nil, err
+		}
+	}
+	a.log.InfoContext(ctx, "registered", slog.Int64("epoch", reg.epoch), slog.Int64("acknowledged", reg.acked))
+	return reg, nil
+}
+
+// tell sends reports until the server has everything. The last one always carries the load.
+func (a *Agent) tell(ctx context.Context, reg *registration) error {
+	for {
+		req, last, err := a.nextReport(ctx, reg)
+		if err != nil {
+			return err
+		}
+		rctx, cancel := context.WithTimeout(ctx, serverTimeout)
+		resp, err := a.server.Report(rctx, req)
+		cancel()
+		if err != nil {
+			return err
+		}
+		acked := resp.GetAcknowledgedSequence()
+		switch {
+		case req.GetFull():
+			acked = max(acked, last) // everything up to there is in what was sent
+			reg.full = false
+		case len(req.GetChanges()) == 0:
+			acked = reg.acked // there was nothing to acknowledge
+		case acked <= reg.acked:
+			reg.full = acked < reg.acked
+			return sandbox.Unavailablef("the server acknowledged changes up to %d; it was sent those from %d to %d", acked, reg.acked+1, last)
+		}
+		if acked > reg.acked {
+			reg.acked = acked
+			if err := a.acknowledge(ctx, acked); err != nil {
+				return err
+			}
+		}
+		if acked >= a.journal.Ledger().Sequence {
+			return nil
+		}
+	}
+}
+
+// acknowledge notes that the server has the changes up to n.
+func (a *Agent) acknowledge(ctx context.Context, n int64) error {
+	if err := a.journal.Acknowledge(ctx, n); err != nil {
+		return err
+	}
+	a.acked.Store(n)
+	a.poke()
+	return nil
+}
+
+// nextReport makes the next report, and says up to which change it tells everything.
+func (a *Agent) nextReport(ctx context.Context, reg *registration) (req *nodev1.ReportRequest, last int64, err error) {
+	l := a.journal.Ledger()
+	req = &nodev1.ReportRequest{NodeId: string(a.node), Epoch: reg.epoch, Load: toWireLoad(&l)}
+	if !reg.full {
+		changes, complete, err := a.journal.Changes(ctx, reg.acked, maxReport)
+		if err != nil {
+			return nil, 0, err
+		}
+		if complete {
+			for i := range changes {
+				req.Changes = append(req.Changes, toWireChange(&changes[i]))
+			}
+			return req, reg.acked + int64(len(changes)), nil
+		}
+	}
+	req.Full = true
+	if req.Changes, err = a.everything(ctx); err != nil {
+		return nil, 0, err
+	}
+	return req, l.Sequence, nil
+}
+
+// everything returns the newest change of every sandbox that somebody was told of, and all changes that no server has
+// acknowledged, in their order.
+func (a *Agent) everything(ctx context.Context) ([]*nodev1.Change, error) {
+	recs, err := a.journal.Records(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var all []journal.Change
+	for i := range recs {
+		if r := &recs[i]; r.Last.Sequence > 0 {
+			all = append(all, journal.Change{Sequence: r.Last.Sequence, Time: r.Last.Time, Type: r.Last.Type, Sandbox: r.Sandbox})
+		}
+	}
+	l := a.journal.Ledger()
+	for after := max(l.Acknowledged, l.Oldest-1); after < l.Sequence; after += maxReport {
+		changes, _, err := a.journal.Changes(ctx, after, maxReport)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, changes...)
+	}
+	slices.SortStableFunc(all, func(x, y journal.Change) int { return cmp.Compare(x.Sequence, y.Sequence) })
+	all = slices.CompactFunc(all, func(x, y journal.Change) bool { return x.Sequence == y.Sequence })
+	out := make([]*nodev1.Change, 0, len(all))
+	for i := range all {
+		out = append(out, toWireChange(&all[i]))
+	}
+	return out, nil
+}

@@ -1,0 +1,349 @@
+package agent
+
+import (
+	"bufio"
+	"context"
+	"crypto/sha256"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/prometheus/client_golang/prometheus"
+	"go.uber.org/goleak"
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	"github.com/cloister-dev/cloister/internal/engine/fake"
+	agentv1 "github.com/cloister-dev/cloister/internal/gen/agent/v1"
+	"github.com/cloister-dev/cloister/internal/image"
+	"github.com/cloister-dev/cloister/internal/journal"
+	"github.com/cloister-dev/cloister/internal/sandbox"
+)
+
+const (
+	mib      = 1 << 20
+	template = "tmplbase"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+func digestOf(name string) string { return fmt.Sprintf("sha256:%x", sha256.Sum256([]byte(name))) }
+
+func small() sandbox.Resources {
+	return sandbox.Resources{MilliCPU: 500, MemoryBytes: 256 * mib, DiskBytes: 1024 * mib}
+}
+
+func times(r sandbox.Resources, n int64) sandbox.Resources {
+	return sandbox.Resources{MilliCPU: r.MilliCPU * n, MemoryBytes: r.MemoryBytes * n, DiskBytes: r.DiskBytes * n}
+}
+
+// machine is what stays when a node's process ends: guests, networks, images, the journal's file, and the server.
+type machine struct {
+	t      testing.TB
+	dir    string
+	host   *fake.Host
+	net    *fakeNet
+	images *fakeImages
+	server *fakeServer
+	cfg    Config
+	opt    journal.Options
+	// guest answers requests in place of the agent inside; the body is closed by whoever calls it.
+	mu     sync.Mutex
+	guest  func(id sandbox.ID, r *http.Request) (status int, body string)
+	inits  map[sandbox.ID]initBody
+	silent bool // guests accept and never answer
+	// loopback, if set, has the connections on which ports of a guest's loopback are asked for.
+	loopback func(c net.Conn, r *http.Request)
+	dials    int
+}
+
+func newMachine(tb testing.TB) *machine {
+	tb.Helper()
+	m := &machine{
+		t: tb, dir: tb.TempDir(), host: fake.NewHost(), net: newFakeNet(), images: &fakeImages{have: map[string]image.Image{}},
+		server: &fakeServer{secret: []byte("0123456789abcdef0123456789abcdef")}, inits: map[sandbox.ID]initBody{},
+		opt: journal.Options{Capacity: times(small(), 100)},
+		cfg: Config{ScratchDir: "/scratch", Name: "one", WarmMax: -1, MemoryPressure: func() bool { return false }},
+	}
+	m.images.add("one")
+	return m
+}
+
+// node is one process of the node.
+type node struct {
+	*Agent
+	m      *machine
+	stop   context.CancelFunc
+	ended  chan struct{}
+	jour   *journal.Journal
+	closed bool
+}
+
+// boot starts the node's process, as after a machine's or a daemon's start.
+func (m *machine) boot() *node {
+	m.t.Helper()
+	n := m.load()
+	if err := n.Recover(m.t.Context()); err != nil {
+		m.t.Fatal(err)
+	}
+	n.run()
+	return n
+}
+
+// load makes the node without Recover and Run.
+func (m *machine) load() *node {
+	m.t.Helper()
+	j, err := journal.Open(m.t.Context(), filepath.Join(m.dir, "journal.db"), m.opt)
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	m.net.restart()
+	a, err := New(m.cfg, Deps{
+		Journal: j, Engine: fake.New(m.host), Network: m.net, Images: m.images, Server: m.server, Dial: m.dial,
+		Registerer: prometheus.NewRegistry(),
+	})
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	n := &node{Agent: a, m: m, jour: j, ended: make(chan struct{})}
+	m.t.Cleanup(n.down)
+	return n
+}
+
+func (n *node) run() {
+	ctx, cancel := context.WithCancel(context.Background())
+	n.stop = cancel
+	go func() {
+		defer close(n.ended)
+		if err := n.Run(ctx); err != nil {
+			n.m.t.Error(err)
+		}
+	}()
+	n.eventually("registered", func() bool { return n.secret.Load() != nil })
+}
+
+// down ends the process and leaves the sandboxes running.
+func (n *node) down() {
+	if n.closed {
+		return
+	}
+	n.closed = true
+	if n.stop != nil {
+		n.stop()
+		<-n.ended
+	}
+	if err := n.jour.Close(); err != nil {
+		n.m.t.Error(err)
+	}
+}
+
+// eventually waits until the condition holds. In a synctest bubble, waiting costs no time.
+func (n *node) eventually(what string, ok func() bool) {
+	n.m.t.Helper()
+	for range 20000 {
+		if ok() {
+			return
+		}
+		t := time.NewTimer(time.Millisecond)
+		<-t.C
+	}
+	n.m.t.Fatalf("never: %s", what)
+}
+
+func request() *agentv1.CreateRequest {
+	return &agentv1.CreateRequest{
+		TemplateId: template, TemplateName: "base", ImageDigest: digestOf("one"), Resources: toWireResources(small()),
+		Metadata: map[string]string{"who": "me"}, Env: map[string]string{"A": "1"}, Timeout: durationpb.New(5 * time.Minute),
+		Secure: true, AllowInternet: true,
+	}
+}
+
+// create creates a sandbox and returns its id.
+func (n *node) create(change ...func(*agentv1.CreateRequest)) sandbox.ID {
+	n.m.t.Helper()
+	req := request()
+	for _, f := range change {
+		f(req)
+	}
+	resp, err := n.Create(context.Background(), req)
+	if err != nil {
+		n.m.t.Fatal(err)
+	}
+	if s := resp.GetSandbox().GetState(); s != agentv1.State_STATE_RUNNING {
+		n.m.t.Fatalf("created sandbox is %v", s)
+	}
+	return sandbox.ID(resp.GetSandbox().GetId())
+}
+
+func (n *node) state(id sandbox.ID) string {
+	resp, err := n.Get(context.Background(), &agentv1.GetRequest{Id: string(id)})
+	if err != nil {
+		return err.Error()
+	}
+	s := strings.ToLower(strings.TrimPrefix(resp.GetSandbox().GetState().String(), "STATE_"))
+	if r := resp.GetSandbox().GetReason(); r != "" {
+		s += ": " + r
+	}
+	return s
+}
+
+func (n *node) kill(id sandbox.ID) error {
+	_, err := n.Kill(context.Background(), &agentv1.KillRequest{Id: string(id), Reason: "killed"})
+	return err
+}
+
+// guests returns the ids of the guests that the machine has.
+func (m *machine) guests() []sandbox.ID {
+	list, err := fake.New(m.host).List(context.Background())
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	var ids []sandbox.ID
+	for _, g := range list {
+		ids = append(ids, g.ID)
+	}
+	return ids
+}
+
+// verify checks what must hold whenever nothing is under way: ledger, guests, networks and records agree.
+func (n *node) verify() {
+	n.m.t.Helper()
+	recs, err := n.jour.Records(context.Background())
+	if err != nil {
+		n.m.t.Fatal(err)
+	}
+	var want []sandbox.ID
+	var sum sandbox.Resources
+	for _, r := range recs {
+		if !r.State.Ended() {
+			want = append(want, r.ID)
+			sum = sum.Add(r.Resources)
+		}
+	}
+	slices.Sort(want)
+	if diff := cmp.Diff(want, n.m.guests()); diff != "" {
+		n.m.t.Errorf("guests (-records +machine):\n%s", diff)
+	}
+	if diff := cmp.Diff(want, n.m.net.ids()); diff != "" {
+		n.m.t.Errorf("networks (-records +machine):\n%s", diff)
+	}
+	if got := n.jour.Ledger().Allocated.Resources; got != sum {
+		n.m.t.Errorf("allocated %+v, records say %+v", got, sum)
+	}
+	if w, age := n.gate.waiting(); w != 0 {
+		n.m.t.Errorf("%d creates wait for %v", w, age)
+	}
+}
+
+// dial connects to a guest of the machine, as the kernel would.
+func (m *machine) dial(ctx context.Context, _, address string) (net.Conn, error) {
+	ap, err := netip.ParseAddrPort(address)
+	if err != nil {
+		return nil, err
+	}
+	id, ok := m.net.owner(ap.Addr())
+	running := false
+	if list, err := fake.New(m.host).List(ctx); err == nil {
+		for _, g := range list {
+			running = running || g.ID == id && g.Running
+		}
+	}
+	m.mu.Lock()
+	m.dials++
+	silent := m.silent
+	m.mu.Unlock()
+	if !ok || !running || ap.Port() == 1 {
+		return nil, &net.OpError{Op: "dial", Net: "tcp", Err: syscall.ECONNREFUSED}
+	}
+	near, far := net.Pipe()
+	go m.serve(id, far, silent)
+	return near, nil
+}
+
+func (m *machine) serve(id sandbox.ID, c net.Conn, silent bool) {
+	defer func() { _ = c.Close() }()
+	r := bufio.NewReader(c)
+	for {
+		req, err := http.ReadRequest(r)
+		if err != nil {
+			return
+		}
+		if silent {
+			_, _ = io.Copy(io.Discard, c)
+			return
+		}
+		if req.URL.Path == "/loopback" && m.loopback != nil {
+			m.loopback(c, req)
+			return
+		}
+		status, body := m.answer(id, req)
+		resp := &http.Response{
+			StatusCode: status, ProtoMajor: 1, ProtoMinor: 1, ContentLength: int64(len(body)),
+			Body: io.NopCloser(strings.NewReader(body)), Request: req,
+		}
+		if err := resp.Write(c); err != nil {
+			return
+		}
+	}
+}
+
+func (m *machine) answer(id sandbox.ID, r *http.Request) (int, string) {
+	body, _ := io.ReadAll(r.Body)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.guest != nil {
+		if status, text := m.guest(id, r); status != 0 {
+			return status, text
+		}
+	}
+	switch r.Method + " " + r.URL.Path {
+	case "GET /health":
+		return http.StatusNoContent, ""
+	case "POST /init":
+		var b initBody
+		if err := json.Unmarshal(body, &b); err != nil {
+			return http.StatusBadRequest, err.Error()
+		}
+		m.inits[id] = b
+		return http.StatusNoContent, ""
+	case "GET /logs":
+		if want := m.inits[id].AccessToken; r.Header.Get("X-Access-Token") != want {
+			return http.StatusUnauthorized, `{"code":401,"message":"wrong token"}`
+		}
+		return http.StatusOK, `[{"time":"2000-01-01T00:00:00Z","level":"info","logger":"envd","message":"early"},
+			{"time":"2100-01-01T00:00:00Z","level":"odd","message":"late","fields":{"a":"b"}}]`
+	}
+	return http.StatusNotFound, ""
+}
+
+func (m *machine) onGuest(f func(id sandbox.ID, r *http.Request) (int, string)) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.guest = f
+}
+
+func (m *machine) init(id sandbox.ID) initBody {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.inits[id]
+}
+
+// bubble runs a test on a machine, with a clock of its own.
+func bubble(t *testing.T, f func(m *machine)) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) { f(newMachine(t)) })
+}
+
+var errTest = errors.New("as the test wants it")

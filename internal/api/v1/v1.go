@@ -1,0 +1,48 @@
+package v1
+
+import (
+	_ "embed"
+	"net/http"
+
+	"github.com/cloister-dev/cloister/internal/api/exchange"
+	"github.com/cloister-dev/cloister/internal/control"
+)
+
+// openAPI describes every route below; a test holds the two together.
+//
+//go:embed openapi.json
+var openAPI []byte
+
+// server holds what the handlers share.
+type server struct{ control *control.Control }
+
+// Routes returns the API's operations.
+func Routes(c *control.Control) []exchange.Route {
+	s := &server{control: c}
+	return []exchange.Route{
+		{Method: "GET", Path: "/v1/openapi.json", Handle: serveOpenAPI},
+		{Method: "GET", Path: "/v1/status", Handle: s.status},
+		{Method: "GET", Path: "/v1/nodes", Handle: s.listNodes},
+		{Method: "GET", Path: "/v1/nodes/{id}", Handle: s.getNode},
+		{Method: "GET", Path: "/v1/sandboxes", Handle: s.listSandboxes},
+		{Method: "POST", Path: "/v1/sandboxes", Handle: s.createSandbox},
+		{Method: "GET", Path: "/v1/sandboxes/{id}", Handle: s.getSandbox},
+		{Method: "DELETE", Path: "/v1/sandboxes/{id}", Handle: s.killSandbox},
+		{Method: "POST", Path: "/v1/sandboxes/{id}/timeout", Handle: s.setTimeout},
+		{Method: "GET", Path: "/v1/sandboxes/{id}/logs", Handle: s.logs},
+		{Method: "GET", Path: "/v1/sandboxes/{id}/metrics", Handle: s.metrics},
+		{Method: "GET", Path: "/v1/templates", Handle: s.listTemplates},
+		{Method: "POST", Path: "/v1/templates", Handle: s.buildTemplate},
+		{Method: "GET", Path: "/v1/templates/{id}", Handle: s.getTemplate},
+		{Method: "DELETE", Path: "/v1/templates/{id}", Handle: s.deleteTemplate},
+		{Method: "GET", Path: "/v1/builds/{id}", Handle: s.getBuild},
+		{Method: "GET", Path: "/v1/keys", Handle: s.listKeys},
+		{Method: "POST", Path: "/v1/keys", Handle: s.createKey},
+		{Method: "DELETE", Path: "/v1/keys/{id}", Handle: s.revokeKey},
+		{Method: "GET", Path: "/v1/events", Handle: s.events},
+	}
+}
+
+func serveOpenAPI(w http.ResponseWriter, _ *http.Request) error {
+	return exchange.Bytes(w, http.StatusOK, "application/json", openAPI)
+}

@@ -1,0 +1,130 @@
+// Package config is the one struct of settings: its defaults, where they come from, and what makes them valid.
+//
+// A setting comes from its flag, else from the environment, else from the file, else it has its default. No other package
+// reads the environment. The package performs no I/O but reading the file; a Config is not changed after Load.
+package config
+
+import (
+	"fmt"
+	"net/netip"
+	"reflect"
+	"time"
+
+	"github.com/spf13/pflag"
+)
+
+// Config is every setting of the daemon. A field's name tag is its flag, its key in the file and, as CLOISTER_DATA_DIR for
+// data-dir, its environment variable; its help tag is the text for people; group starts a section of the reference.
+type Config struct {
+	DataDir  string `name:"data-dir" group:"General" help:"directory for everything that Cloister keeps"`
+	CacheDir string `name:"cache-dir" help:"directory for downloads that may be deleted at any time; default: cache in the data directory"`
+	NodeName string `name:"node-name" help:"name of this machine in lists; default: its host name"`
+
+	APIAddr        string `name:"api-addr" group:"Listening" help:"address of the E2B and /v1 API"`
+	ProxyAddr      string `name:"proxy-addr" help:"address of the proxy for sandbox traffic"`
+	DebugAddr      string `name:"debug-addr" help:"loopback address for pprof and unauthenticated metrics; empty switches it off"`
+	Domain         string `name:"domain" help:"domain below which sandboxes have host names: PORT-ID.DOMAIN; may carry a port; empty accepts any"`
+	PublicAPIURL   string `name:"public-api-url" help:"URL by which clients reach the API; default: from api-addr"`
+	PublicProxyURL string `name:"public-proxy-url" help:"URL by which clients reach the proxy; default: from proxy-addr"`
+	TLSCert        string `name:"tls-cert" help:"PEM file with the certificate chain of API and proxy; read again when it changes"`
+	TLSKey         string `name:"tls-key" help:"PEM file with the certificate's private key"`
+	InsecureListen bool   `name:"insecure-listen" help:"allow listening beyond loopback without TLS, for use behind a proxy that adds it"`
+
+	DefaultTemplate  string        `name:"default-template" group:"Templates" help:"template that the first start builds and that a create without one uses"`
+	BaseSources      []string      `name:"base-sources" help:"sources of the default template, tried in order: registry reference, oci:PATH, docker-archive:PATH, dir:PATH, debian:SUITE"`
+	RegistryTimeout  time.Duration `name:"registry-timeout" help:"how long a registry may take to answer before the next source is tried"`
+	RegistryUsername string        `name:"registry-username" help:"user name for the registry of base-sources"`
+	RegistryPassword string        `name:"registry-password" secret:"true" help:"password or token for the registry of base-sources"`
+
+	SandboxCPU     float64       `name:"sandbox-cpu" group:"Sandboxes" help:"processors of a sandbox whose template says nothing"`
+	SandboxMemory  Size          `name:"sandbox-memory" help:"memory of a sandbox whose template says nothing"`
+	SandboxDisk    Size          `name:"sandbox-disk" help:"disk of a sandbox whose template says nothing"`
+	MaxTimeout     time.Duration `name:"max-timeout" help:"longest time that a sandbox may ask for at once"`
+	PoolMin        int           `name:"pool-min" help:"fewest warm sandboxes kept per template in use"`
+	PoolMax        int           `name:"pool-max" help:"most warm sandboxes kept per template; 0 switches the pool off"`
+	StartsAtOnce   int           `name:"starts-at-once" help:"cold starts under way at the same time; 0 means twice the number of cores"`
+	MaxSandboxes   int           `name:"max-sandboxes" help:"most sandboxes on this machine, warm ones included"`
+	ReservedMemory Size          `name:"reserved-memory" help:"memory that sandboxes never get"`
+	ReservedDisk   Size          `name:"reserved-disk" help:"disk space that sandboxes never get"`
+
+	OvercommitCPU    float64 `name:"overcommit-cpu" help:"processors admitted per processor of the machine: idle sandboxes use none"`
+	OvercommitMemory float64 `name:"overcommit-memory" help:"memory admitted per byte that sandboxes may have; 1 admits only what can be used all at once"`
+	OvercommitDisk   float64 `name:"overcommit-disk" help:"disk admitted per free byte; 1 admits only what can be written all at once"`
+
+	NetworkRange string   `name:"network-range" group:"Network" help:"private IPv4 range (/12 to /24) of sandbox addresses; two per sandbox"`
+	Resolvers    []string `name:"resolvers" help:"IPv4 addresses of the name servers that sandboxes use; default: the machine's"`
+
+	LogLevel        string        `name:"log-level" group:"Operation" help:"debug, info, warn or error"`
+	LogFormat       string        `name:"log-format" help:"auto (text on a terminal, else JSON), text or json"`
+	OTLPEndpoint    string        `name:"otlp-endpoint" help:"URL that OpenTelemetry traces are sent to by OTLP over HTTP; empty switches it off"`
+	ShutdownGrace   time.Duration `name:"shutdown-grace" help:"how long requests under way may take after a stop was asked for"`
+	EventsKept      time.Duration `name:"events-kept" help:"how long events are kept"`
+	EventsKeptCount int           `name:"events-kept-count" help:"how many events are kept at most"`
+}
+
+// Default returns the settings that hold where nothing else is said.
+func Default() *Config {
+	return &Config{
+		DataDir: "/var/lib/cloister", APIAddr: "127.0.0.1:3000", ProxyAddr: "127.0.0.1:3002",
+		DefaultTemplate: "base", BaseSources: []string{"e2bdev/base:latest", "debian:bookworm"}, RegistryTimeout: 5 * time.Second,
+		SandboxCPU: 2, SandboxMemory: 512 << 20, SandboxDisk: 10 << 30, MaxTimeout: 24 * time.Hour,
+		PoolMin: 4, PoolMax: 32, MaxSandboxes: 2000, ReservedMemory: 1 << 30, ReservedDisk: 2 << 30,
+		OvercommitCPU: 200, OvercommitMemory: 4, OvercommitDisk: 40,
+		NetworkRange: "10.231.0.0/16",
+		LogLevel:     "info", LogFormat: "auto", ShutdownGrace: 10 * time.Second,
+		EventsKept: 30 * 24 * time.Hour, EventsKeptCount: 1_000_000,
+	}
+}
+
+// Flags adds a flag for each setting, and --config for the file.
+func Flags(fs *pflag.FlagSet) {
+	fs.String("config", "", "YAML `file` with settings [CLOISTER_CONFIG]")
+	Default().register(fs)
+}
+
+// register makes fs set c's fields.
+func (c *Config) register(fs *pflag.FlagSet) {
+	v := reflect.ValueOf(c).Elem()
+	for i := range v.NumField() {
+		tag := v.Type().Field(i).Tag
+		name, help := tag.Get("name"), tag.Get("help")+" ["+envName(tag.Get("name"))+"]"
+		switch at := v.Field(i).Addr().Interface().(type) {
+		case *string:
+			fs.StringVar(at, name, *at, help)
+		case *bool:
+			fs.BoolVar(at, name, *at, help)
+		case *int:
+			fs.IntVar(at, name, *at, help)
+		case *float64:
+			fs.Float64Var(at, name, *at, help)
+		case *time.Duration:
+			fs.DurationVar(at, name, *at, help)
+		case *[]string:
+			fs.StringSliceVar(at, name, *at, help)
+		case *Size:
+			fs.Var(at, name, help)
+		default:
+			panic(fmt.Sprintf("config: setting %s has a type that has no flag", name))
+		}
+	}
+}
+
+// ResolverAddrs returns Resolvers as addresses; Load has checked them.
+func (c *Config) ResolverAddrs() []netip.Addr {
+	out := make([]netip.Addr, 0, len(c.Resolvers))
+	for _, r := range c.Resolvers {
+		if a, err := netip.ParseAddr(r); err == nil {
+			out = append(out, a)
+		}
+	}
+	return out
+}
+
+// Range returns NetworkRange as a prefix; Load has checked it.
+func (c *Config) Range() netip.Prefix {
+	p, err := netip.ParsePrefix(c.NetworkRange)
+	if err != nil {
+		return netip.Prefix{}
+	}
+	return p.Masked()
+}

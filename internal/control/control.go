@@ -1,0 +1,197 @@
+package control
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/time/rate"
+
+	"github.com/cloister-dev/cloister/internal/gen/agent/v1/agentv1connect"
+	"github.com/cloister-dev/cloister/internal/sandbox"
+	"github.com/cloister-dev/cloister/internal/scheduler"
+)
+
+// agents reaches nodes. The second result is false while the node is not connected.
+type agents interface {
+	Agent(node sandbox.NodeID) (agentv1connect.AgentServiceClient, bool)
+}
+
+// templates keeps template records; every name finds one template. Update calls change with the newest record, and
+// again when somebody else was faster.
+type templates interface {
+	CreateTemplate(ctx context.Context, t sandbox.Template) error
+	Template(ctx context.Context, idOrName string) (sandbox.Template, error)
+	UpdateTemplate(ctx context.Context, id sandbox.TemplateID, change func(*sandbox.Template) error) (sandbox.Template, error)
+	DeleteTemplate(ctx context.Context, id sandbox.TemplateID) error
+	Templates(ctx context.Context) ([]sandbox.Template, error)
+}
+
+// nodes keeps node records.
+type nodes interface {
+	PutNode(ctx context.Context, n sandbox.Node) error
+	Nodes(ctx context.Context) ([]sandbox.Node, error)
+}
+
+// secrets returns a secret of the cluster and makes it on first use.
+type secrets interface {
+	Secret(ctx context.Context, name string, size int) ([]byte, error)
+}
+
+// keys mints, lists and revokes API keys. CreateKey's string is the key itself, shown once.
+type keys interface {
+	CreateKey(ctx context.Context, name string) (Key, string, error)
+	Keys(ctx context.Context) ([]Key, error)
+	RevokeKey(ctx context.Context, id string) error
+}
+
+// history keeps events. An event with a node and a sequence that is already kept is not kept twice.
+type history interface {
+	Append(ctx context.Context, events []Event) error
+	Query(ctx context.Context, q EventQuery) ([]Event, error)
+}
+
+// Limits is what a request may ask for, and what it gets where it does not ask.
+type Limits struct {
+	// MaxTimeout bounds a sandbox's life from its last timeout on; 24 h by default.
+	MaxTimeout time.Duration
+	// CreateDeadline bounds a create over all the nodes that are asked; 55 s by default, below the clients' 60.
+	CreateDeadline time.Duration
+	// CallDeadline bounds every other call of a node; 15 s by default.
+	CallDeadline time.Duration
+	// DefaultResources are those of a template that names none: 2 cores, 512 MiB, 4 GiB by default.
+	DefaultResources sandbox.Resources
+	// EndedFor and EndedMax bound how long and how many ended sandboxes stay findable: 1 h and 10,000 by default.
+	EndedFor time.Duration
+	EndedMax int
+	// SuspectAfter and DownAfter are how long a node may be silent: 15 s and 60 s by default.
+	SuspectAfter time.Duration
+	DownAfter    time.Duration
+}
+
+func (l Limits) withDefaults() Limits {
+	setDefault(&l.MaxTimeout, 24*time.Hour)
+	setDefault(&l.CreateDeadline, 55*time.Second)
+	setDefault(&l.CallDeadline, 15*time.Second)
+	setDefault(&l.EndedFor, time.Hour)
+	setDefault(&l.EndedMax, 10_000)
+	setDefault(&l.SuspectAfter, 15*time.Second)
+	setDefault(&l.DownAfter, time.Minute)
+	setDefault(&l.DefaultResources, sandbox.Resources{MilliCPU: 2000, MemoryBytes: 512 << 20, DiskBytes: 4 << 30})
+	return l
+}
+
+func setDefault[T comparable](at *T, value T) {
+	var zero T
+	if *at == zero {
+		*at = value
+	}
+}
+
+// Config is what a Control is made of. Everything but Limits, Policy, About and Random is required.
+type Config struct {
+	Agents    agents
+	Templates templates
+	Nodes     nodes
+	Secrets   secrets
+	Keys      keys
+	History   history
+	Log       *slog.Logger
+	Limits    Limits
+	Policy    scheduler.Policy
+	About     About
+	// Random picks the scheduler's samples; nil means one seeded by the system. It is called by one goroutine at a time.
+	Random scheduler.Source
+}
+
+// Control carries out what the API asks for.
+type Control struct {
+	agents    agents
+	templates templates
+	nodes     nodes
+	keys      keys
+	history   history
+	log       *slog.Logger
+	limits    Limits
+	about     About
+	started   time.Time
+
+	index   *index
+	fleet   *fleet
+	catalog *catalog
+	builds  *builds
+	finder  *finder
+	// lookups bounds how often an id that is not in the index is asked for at its node.
+	lookups *rate.Limiter
+	secret  []byte
+}
+
+const tokenSecretBytes = 32
+
+// New returns a Control that knows the stored nodes and no sandbox yet: those come with the nodes' reports. It reads
+// the store, and starts nothing.
+func New(ctx context.Context, cfg Config) (*Control, error) {
+	secret, err := cfg.Secrets.Secret(ctx, "sandbox-access-token", tokenSecretBytes)
+	if err != nil {
+		return nil, fmt.Errorf("read the token secret: %w", err)
+	}
+	known, err := cfg.Nodes.Nodes(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("read the known nodes: %w", err)
+	}
+	if cfg.Random == nil {
+		cfg.Random = rand.NewPCG(rand.Uint64(), rand.Uint64()) //nolint:gosec // balances load, guards nothing
+	}
+	limits := cfg.Limits.withDefaults()
+	c := &Control{
+		agents: cfg.Agents, templates: cfg.Templates, nodes: cfg.Nodes, keys: cfg.Keys, history: cfg.History,
+		log: cfg.Log, limits: limits, about: cfg.About, started: time.Now(), secret: secret,
+		index:   newIndex(limits.EndedFor, limits.EndedMax),
+		fleet:   newFleet(cfg.Policy, cfg.Random, limits),
+		catalog: newCatalog(),
+		builds:  newBuilds(),
+		finder:  newFinder(),
+		lookups: rate.NewLimiter(200, 200),
+	}
+	for _, n := range known {
+		c.fleet.restore(n)
+	}
+	return c, nil
+}
+
+// pruneEvery is how often ended sandboxes are forgotten.
+const pruneEvery = time.Minute
+
+// Run follows builds and forgets ended sandboxes until ctx ends; it returns when its goroutines have.
+func (c *Control) Run(ctx context.Context) error {
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return c.runBuilds(ctx) })
+	g.Go(func() error {
+		tick := time.NewTicker(pruneEvery)
+		defer tick.Stop()
+		for {
+			select {
+			case <-ctx.Done():
+				return nil
+			case now := <-tick.C:
+				c.index.prune(now)
+			}
+		}
+	})
+	if err := g.Wait(); err != nil {
+		return fmt.Errorf("run control: %w", err)
+	}
+	return nil
+}
+
+// agent returns the client of a node, or ErrUnavailable.
+func (c *Control) agent(node sandbox.NodeID) (agentv1connect.AgentServiceClient, error) {
+	a, ok := c.agents.Agent(node)
+	if !ok {
+		return nil, sandbox.Unavailablef("node %s is not connected", node)
+	}
+	return a, nil
+}

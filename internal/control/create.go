@@ -1,0 +1,147 @@
+package control
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	agentv1 "github.com/cloister-dev/cloister/internal/gen/agent/v1"
+	"github.com/cloister-dev/cloister/internal/sandbox"
+	"github.com/cloister-dev/cloister/internal/scheduler"
+)
+
+// Never as a timeout means that the sandbox does not end by itself.
+const Never time.Duration = -1
+
+// CreateRequest is what a sandbox is to be.
+type CreateRequest struct {
+	// Template is a name or an id; "base" where it is empty.
+	Template string
+	Metadata map[string]string
+	Env      map[string]string
+	// Timeout is at least a second, or Never.
+	Timeout time.Duration
+	// Resources replace the template's where a part is not 0.
+	Resources     sandbox.Resources
+	Secure        bool
+	AllowInternet bool
+	// IdempotencyKey makes a node answer a repeated request with the sandbox that it made before.
+	IdempotencyKey string
+}
+
+// DefaultTemplate is what a sandbox is made from where nothing is said.
+const DefaultTemplate = "base"
+
+// explained is how many nodes a refusal talks about.
+const explained = 4
+
+// Create starts a sandbox on the best node that takes it and returns it running.
+//
+// Errors: ErrInvalid with what was wrong, ErrNotFound for the template, ErrConflict for a template without an image,
+// ErrExhausted when no node has room, ErrUnavailable when no node answers.
+func (c *Control) Create(ctx context.Context, req CreateRequest) (sandbox.Sandbox, error) {
+	if err := c.admit(&req); err != nil {
+		return sandbox.Sandbox{}, err
+	}
+	template, err := c.resolve(ctx, req.Template)
+	if err != nil {
+		return sandbox.Sandbox{}, err
+	}
+	msg, err := c.createMessage(template, req)
+	if err != nil {
+		return sandbox.Sandbox{}, err
+	}
+	want := resourcesFromWire(msg.GetResources())
+	decision := c.fleet.place(scheduler.Request{Resources: want, ImageDigest: template.ImageDigest}, time.Now())
+	if len(decision.Candidates) == 0 {
+		return sandbox.Sandbox{}, refusal(decision)
+	}
+	return c.dispatch(ctx, decision, msg)
+}
+
+// admit fills in what is missing and refuses what cannot be.
+func (c *Control) admit(req *CreateRequest) error {
+	setDefault(&req.Template, DefaultTemplate)
+	if req.Timeout != Never {
+		if err := c.limits.checkTimeout(req.Timeout, time.Second); err != nil {
+			return err
+		}
+	}
+	if len(req.IdempotencyKey) > maxNameLen {
+		return sandbox.Invalidf("idempotency key of %d bytes: want at most %d", len(req.IdempotencyKey), maxNameLen)
+	}
+	return errors.Join(checkMetadata(req.Metadata), checkEnv(req.Env))
+}
+
+func (c *Control) createMessage(t sandbox.Template, req CreateRequest) (*agentv1.CreateRequest, error) {
+	if t.ImageDigest == "" {
+		return nil, notBuilt(t)
+	}
+	want := orElse(orElse(req.Resources, t.Resources), c.limits.DefaultResources)
+	if err := checkResources(want); err != nil {
+		return nil, err
+	}
+	return &agentv1.CreateRequest{
+		TemplateId: string(t.ID), TemplateName: nameFor(t, req.Template), ImageDigest: t.ImageDigest,
+		Resources: resourcesToWire(want), Metadata: req.Metadata, Env: req.Env, Timeout: timeoutToWire(req.Timeout),
+		Secure: req.Secure, AllowInternet: req.AllowInternet, IdempotencyKey: req.IdempotencyKey,
+		CustomSize: want != orElse(t.Resources, c.limits.DefaultResources),
+	}, nil
+}
+
+// refusal says why no node was found. What is too large for every node is the caller's mistake, not a lack of room.
+func refusal(d scheduler.Decision) error {
+	switch {
+	case len(d.Verdicts) == 0:
+		return sandbox.Unavailablef("no node has joined the cluster yet")
+	case d.TooLarge:
+		return sandbox.Invalidf("no node is large enough: %s", d.Explain(explained))
+	}
+	return sandbox.Exhaustedf("no node can take a sandbox now: %s", d.Explain(explained))
+}
+
+// dispatch asks the candidates in their order until one takes the sandbox. A node that is full, or does not answer, is
+// passed over; any other refusal would be the same everywhere.
+func (c *Control) dispatch(ctx context.Context, d scheduler.Decision, msg *agentv1.CreateRequest) (sandbox.Sandbox, error) {
+	ctx, cancel := context.WithTimeout(ctx, c.limits.CreateDeadline)
+	defer cancel()
+	var last error
+	for _, node := range d.Candidates {
+		box, err := c.createAt(ctx, node, msg)
+		if err == nil {
+			return box, nil
+		}
+		last = err
+		elsewhere := errors.Is(err, sandbox.ErrExhausted) || errors.Is(err, sandbox.ErrUnavailable)
+		if !elsewhere || ctx.Err() != nil {
+			break
+		}
+	}
+	return sandbox.Sandbox{}, fmt.Errorf("create sandbox from %s: %w", msg.GetTemplateName(), last)
+}
+
+// createAt has one node create the sandbox and indexes the answer at once, so that the next request finds it.
+func (c *Control) createAt(ctx context.Context, node sandbox.NodeID, msg *agentv1.CreateRequest) (sandbox.Sandbox, error) {
+	agent, err := c.agent(node)
+	if err != nil {
+		return sandbox.Sandbox{}, err
+	}
+	done := c.fleet.dispatch(node, resourcesFromWire(msg.GetResources()))
+	resp, err := agent.Create(ctx, msg)
+	done(resp.GetLoad())
+	if err != nil {
+		return sandbox.Sandbox{}, fromNode(node, err)
+	}
+	return c.learn(node, resp.GetSandbox())
+}
+
+// learn indexes a node's answer and returns it.
+func (c *Control) learn(node sandbox.NodeID, w *agentv1.Sandbox) (sandbox.Sandbox, error) {
+	box, err := sandboxFromWire(node, w)
+	if err != nil {
+		return sandbox.Sandbox{}, fmt.Errorf("read the answer of node %s: %w", node, err)
+	}
+	c.index.apply(&entry{box: box, epoch: c.fleet.epochOf(node)}, time.Now())
+	return box, nil
+}

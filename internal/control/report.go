@@ -1,0 +1,125 @@
+package control
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"regexp"
+	"time"
+
+	nodev1 "github.com/cloister-dev/cloister/internal/gen/node/v1"
+	"github.com/cloister-dev/cloister/internal/gen/node/v1/nodev1connect"
+	"github.com/cloister-dev/cloister/internal/sandbox"
+)
+
+var _ nodev1connect.NodeServiceHandler = (*Control)(nil)
+
+var nodeIDForm = regexp.MustCompile(`^[a-z0-9]{6}$`)
+
+// Register takes a node into the cluster, or takes it back after a restart. It asks for a full report each time: that
+// is one message, and right also after the server or the node forgot something.
+func (c *Control) Register(ctx context.Context, req *nodev1.RegisterRequest) (*nodev1.RegisterResponse, error) {
+	n, err := nodeFromWire(req)
+	if err != nil {
+		return nil, toNode(err)
+	}
+	now := time.Now().UTC()
+	n, epoch := c.fleet.register(n, req.GetImageDigests(), now)
+	if err := c.nodes.PutNode(ctx, n); err != nil {
+		return nil, toNode(fmt.Errorf("record node %s: %w", n.ID, err))
+	}
+	c.log.LogAttrs(ctx, slog.LevelInfo, "node registered", nodeAttr(n.ID), slog.String("name", n.Name),
+		slog.String("version", n.Version), slog.Int64("epoch", epoch))
+	c.note(ctx, Event{
+		Type: "node_registered", NodeID: n.ID, Message: fmt.Sprintf("node %s registered", n.Name),
+		Fields: map[string]string{"version": n.Version},
+	})
+	return &nodev1.RegisterResponse{Epoch: epoch, TokenSecret: c.secret}, nil
+}
+
+func nodeFromWire(w *nodev1.RegisterRequest) (sandbox.Node, error) {
+	if !nodeIDForm.MatchString(w.GetNodeId()) {
+		return sandbox.Node{}, sandbox.Invalidf("node id %.40q: want 6 characters of a-z and 0-9", w.GetNodeId())
+	}
+	n := sandbox.Node{
+		ID: sandbox.NodeID(w.GetNodeId()), Name: w.GetName(), Version: w.GetVersion(), Architecture: w.GetArchitecture(),
+		Kernel: w.GetKernel(), Labels: w.GetLabels(), Capacity: resourcesFromWire(w.GetCapacity()),
+	}
+	setDefault(&n.Name, string(n.ID))
+	for _, e := range w.GetEngines() {
+		n.Engines = append(n.Engines, e.GetName())
+	}
+	return n, nil
+}
+
+// Report takes a node's changes. Taking the same report twice does no harm, so a node sends what is not acknowledged
+// again; and it is not acknowledged before its events are kept.
+func (c *Control) Report(ctx context.Context, req *nodev1.ReportRequest) (*nodev1.ReportResponse, error) {
+	node, now := sandbox.NodeID(req.GetNodeId()), time.Now().UTC()
+	if err := c.fleet.heard(node, req.GetEpoch(), req.GetLoad(), now); err != nil {
+		return nil, toNode(err)
+	}
+	node = sandbox.NodeID(shared(string(node)))
+	var last int64
+	events := make([]Event, 0, len(req.GetChanges()))
+	named := make(map[sandbox.ID]struct{}, len(req.GetChanges()))
+	for _, change := range req.GetChanges() {
+		box, err := sandboxFromWire(node, change.GetSandbox())
+		if err != nil {
+			return nil, toNode(fmt.Errorf("change %d: %w", change.GetSequence(), err))
+		}
+		named[box.ID] = struct{}{}
+		c.index.apply(&entry{box: box, sequence: change.GetSequence(), epoch: req.GetEpoch()}, now)
+		events = append(events, changeEvent(change, box, now))
+		last = max(last, change.GetSequence())
+	}
+	if req.GetFull() {
+		events = append(events, c.markMissing(node, req.GetEpoch(), named, now)...)
+	}
+	if len(events) > 0 {
+		if err := c.history.Append(ctx, events); err != nil {
+			return nil, toNode(sandbox.Unavailablef("keep %d events: %v", len(events), err))
+		}
+	}
+	return &nodev1.ReportResponse{AcknowledgedSequence: c.fleet.acknowledge(node, last)}, nil
+}
+
+const lostReason = "its node does not have it any more"
+
+// markMissing marks as lost what a node does not name in its full report. What was created there under the present
+// registration is left out: the report may have been written before.
+func (c *Control) markMissing(node sandbox.NodeID, epoch int64, named map[sandbox.ID]struct{}, now time.Time) []Event {
+	var missing []sandbox.ID
+	first, _ := ends()
+	c.index.scan(false, first, func(e *entry) bool {
+		if _, ok := named[e.box.ID]; !ok && e.box.NodeID == node && !e.box.State.Ended() && e.epoch != epoch {
+			missing = append(missing, e.box.ID)
+		}
+		return true
+	})
+	var events []Event
+	for _, id := range missing {
+		c.index.change(id, now, func(e *entry) bool {
+			if e.box.State.Ended() || e.epoch == epoch {
+				return false
+			}
+			e.box.State, e.box.Reason, e.box.EndedAt = sandbox.StateLost, lostReason, now
+			events = append(events, Event{Time: now, Type: "lost", NodeID: node, SandboxID: id, Message: lostReason})
+			return true
+		})
+	}
+	return events
+}
+
+func changeEvent(change *nodev1.Change, box sandbox.Sandbox, now time.Time) Event {
+	e := Event{
+		Time: timeFromWire(change.GetTime()), Type: change.GetType(), NodeID: box.NodeID, SandboxID: box.ID,
+		Sequence: change.GetSequence(), Message: box.Reason,
+		Fields: map[string]string{"state": string(box.State), "template": box.TemplateName},
+	}
+	setDefault(&e.Time, now)
+	if e.Message == "" {
+		e.Message = fmt.Sprintf("sandbox is %s", box.State)
+	}
+	return e
+}

@@ -1,0 +1,112 @@
+package control_test
+
+import (
+	"errors"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"connectrpc.com/connect"
+
+	"github.com/cloister-dev/cloister/internal/api/apitest"
+	"github.com/cloister-dev/cloister/internal/control"
+	nodev1 "github.com/cloister-dev/cloister/internal/gen/node/v1"
+	"github.com/cloister-dev/cloister/internal/sandbox"
+)
+
+func TestSilentNodes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := apitest.NewCluster(t, nil)
+		states := []struct {
+			after time.Duration
+			want  sandbox.NodeState
+		}{{5 * time.Second, sandbox.NodeReady}, {11 * time.Second, sandbox.NodeSuspect}, {time.Minute, sandbox.NodeDown}}
+		for _, s := range states {
+			asleep(s.after)
+			n, err := c.Control.GetNode(t.Context(), "node-aaaaaa")
+			if err != nil || n.State != s.want {
+				t.Errorf("after %v: %s, %v; want %s", s.after, n.State, err, s.want)
+			}
+		}
+		if _, err := c.Control.Create(t.Context(), minute()); !errors.Is(err, sandbox.ErrExhausted) {
+			t.Errorf("a node that is down got a sandbox: %v", err)
+		}
+		if err := c.Report(t, c.Node, false); err != nil {
+			t.Fatal(err)
+		}
+		mustCreate(t, c, minute())
+	})
+}
+
+func TestRestartFindsSandboxes(t *testing.T) {
+	c := apitest.NewCluster(t, nil)
+	kept, forgotten := mustCreate(t, c, minute()), mustCreate(t, c, minute())
+	c.Restart(t, nil)
+	if _, err := c.Control.Get(t.Context(), kept.ID); err != nil {
+		t.Errorf("before the report, by asking the node: %v", err)
+	}
+	if _, err := c.Control.Get(t.Context(), forgotten.ID); err != nil {
+		t.Error(err)
+	}
+	c.Node.Forget(forgotten.ID)
+	c.Join(t, c.Node)
+	if got, err := c.Control.Get(t.Context(), kept.ID); err != nil || got.State != sandbox.StateRunning {
+		t.Errorf("%+v, %v", got, err)
+	}
+	got, err := c.Control.Get(t.Context(), forgotten.ID)
+	if err != nil || got.State != sandbox.StateLost || got.Reason == "" {
+		t.Errorf("%+v, %v", got, err)
+	}
+	events, err := c.Control.Events(t.Context(), control.EventQuery{SandboxID: forgotten.ID, Type: "lost"})
+	if err != nil || len(events) != 1 {
+		t.Errorf("%d events, %v", len(events), err)
+	}
+	// A sandbox that the node names again is alive again.
+	if list, err := c.Control.List(t.Context(), control.ListQuery{States: []sandbox.State{sandbox.StateRunning}}); err != nil || len(list.Sandboxes) != 1 {
+		t.Errorf("%d running, %v", len(list.Sandboxes), err)
+	}
+}
+
+func TestFullReportSparesTheNew(t *testing.T) {
+	c := apitest.NewCluster(t, nil)
+	box := mustCreate(t, c, minute())
+	// A full report of the present registration that was written before the create.
+	c.Node.Forget(box.ID)
+	if err := c.Report(t, c.Node, true); err != nil {
+		t.Fatal(err)
+	}
+	if got, _ := c.Control.Get(t.Context(), box.ID); got.State != sandbox.StateRunning {
+		t.Errorf("it is %s", got.State)
+	}
+}
+
+func TestReports(t *testing.T) {
+	c := apitest.NewCluster(t, nil)
+	_, err := c.Control.Report(t.Context(), &nodev1.ReportRequest{NodeId: "aaaaaa", Epoch: 5})
+	if connect.CodeOf(err) != connect.CodeFailedPrecondition {
+		t.Errorf("another epoch: %v", err)
+	}
+	_, err = c.Control.Report(t.Context(), &nodev1.ReportRequest{NodeId: "zzzzzz", Epoch: 5})
+	if connect.CodeOf(err) != connect.CodeFailedPrecondition {
+		t.Errorf("unknown node: %v", err)
+	}
+	_, err = c.Control.Register(t.Context(), &nodev1.RegisterRequest{NodeId: "../x"})
+	if connect.CodeOf(err) != connect.CodeInvalidArgument {
+		t.Errorf("bad id: %v", err)
+	}
+	mustCreate(t, c, minute())
+	c.Records.FailHistory(errors.New("disk full"))
+	if err := c.Report(t, c.Node, false); connect.CodeOf(err) != connect.CodeUnavailable {
+		t.Errorf("events that are not kept: %v", err)
+	}
+	c.Records.FailHistory(nil)
+	for range 2 { // taking it twice does no harm
+		if err := c.Report(t, c.Node, true); err != nil {
+			t.Fatal(err)
+		}
+	}
+	events, err := c.Control.Events(t.Context(), control.EventQuery{Type: "started"})
+	if err != nil || len(events) != 1 {
+		t.Errorf("%d events, %v", len(events), err)
+	}
+}

@@ -1,0 +1,158 @@
+package daemon
+
+import (
+	"context"
+	"crypto/tls"
+	"fmt"
+	"net"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"strings"
+
+	"github.com/cloister-dev/cloister/internal/api"
+	"github.com/cloister-dev/cloister/internal/config"
+	"github.com/cloister-dev/cloister/internal/control"
+	"github.com/cloister-dev/cloister/internal/guestnet"
+	"github.com/cloister-dev/cloister/internal/proxy"
+	"github.com/cloister-dev/cloister/internal/sandbox"
+	"github.com/cloister-dev/cloister/internal/telemetry"
+)
+
+// buildFronts opens every listener and gives each its handler.
+func (d *daemon) buildFronts(ctx context.Context) error {
+	tlsConfig, err := d.tlsConfig()
+	if err != nil {
+		return err
+	}
+	px, err := proxy.New(proxy.Config{
+		Router: routes{d.server.control}, Dialer: d.node.agent, Signatures: routes{d.server.control}, Domain: d.cfg.Domain,
+		PublicHosts: publicHosts(d.cfg), Logger: d.log, Registerer: d.metrics,
+	})
+	if err != nil {
+		return fmt.Errorf("build proxy: %w", err)
+	}
+	handler := telemetry.Traced(d.apiHandler(), func(r *http.Request) string { return "api " + r.Method })
+	traffic := telemetry.Traced(px, func(r *http.Request) string { return "proxy " + r.Method })
+	asAdmin := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		handler.ServeHTTP(w, r.WithContext(api.WithLocalAdmin(r.Context())))
+	})
+	if err := d.open(ctx, "api-addr", d.cfg.APIAddr, handler, tlsConfig); err != nil {
+		return err
+	}
+	if err := d.open(ctx, "proxy-addr", d.cfg.ProxyAddr, apiByName(d.cfg.Domain, handler, traffic), tlsConfig); err != nil {
+		return err
+	}
+	d.fronts[len(d.fronts)-1].cut = px.Close
+	if d.cfg.DebugAddr != "" {
+		if err := d.open(ctx, "debug-addr", d.cfg.DebugAddr, telemetry.DebugHandler(d.metrics), nil); err != nil {
+			return err
+		}
+	}
+	l, err := listenUnix(ctx, d.path("cloister.sock"))
+	if err != nil {
+		return err
+	}
+	d.addFront(newFront("socket", l, local(asAdmin, px), nil))
+	return nil
+}
+
+// apiByName gives requests for api.<domain>, where clients look for the API that know the domain alone, to the API also
+// where sandboxes answer: one address then does for both. No sandbox has that name, since theirs begin with a port.
+func apiByName(domain string, apiHandler, traffic http.Handler) http.Handler {
+	if domain == "" {
+		return traffic
+	}
+	name := "api." + hostname(domain)
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if strings.EqualFold(strings.TrimSuffix(hostname(r.Host), "."), name) {
+			apiHandler.ServeHTTP(w, r)
+			return
+		}
+		traffic.ServeHTTP(w, r)
+	})
+}
+
+// hostname is host without a port.
+func hostname(host string) string {
+	name, _, err := net.SplitHostPort(host)
+	if err != nil {
+		return host
+	}
+	return name
+}
+
+// apiHandler is the API, with the metrics behind the same keys.
+func (d *daemon) apiHandler() http.Handler {
+	return api.New(api.Config{
+		Control: d.server.control, Auth: keyring{d.server.store}, Log: d.log, Metrics: d.metrics, Domain: d.cfg.Domain,
+		MetricsPage: telemetry.MetricsHandler(d.metrics),
+	})
+}
+
+func (d *daemon) open(ctx context.Context, setting, addr string, h http.Handler, tlsConfig *tls.Config) error {
+	l, err := listenTCP(ctx, setting, addr)
+	if err != nil {
+		return err
+	}
+	d.addFront(newFront(setting, l, h, tlsConfig))
+	return nil
+}
+
+func (d *daemon) addFront(f *front) {
+	d.fronts = append(d.fronts, f)
+	d.closers = append(d.closers, func() error { _ = f.listener.Close(); return nil }) // closed already where it served
+}
+
+// tlsConfig is nil where the settings name no certificate.
+func (d *daemon) tlsConfig() (*tls.Config, error) {
+	if d.cfg.TLSCert == "" {
+		return nil, nil //nolint:nilnil // no certificate, no TLS, no error
+	}
+	cert, err := proxy.LoadCertificate(d.cfg.TLSCert, d.cfg.TLSKey, d.log)
+	if err != nil {
+		return nil, fmt.Errorf("load tls-cert: %w", err)
+	}
+	return cert.TLSConfig(), nil
+}
+
+// publicHosts are the names by which clients reach the proxy itself.
+func publicHosts(cfg *config.Config) []string {
+	u, err := url.Parse(cfg.PublicProxyURL)
+	if err != nil {
+		return nil
+	}
+	return []string{u.Hostname()}
+}
+
+// routes answers the proxy's questions from the server's index.
+type routes struct{ control *control.Control }
+
+// Route returns what is known of a sandbox.
+func (r routes) Route(ctx context.Context, id sandbox.ID) (proxy.Route, error) {
+	at, err := r.control.Route(ctx, id)
+	if err != nil {
+		return proxy.Route{}, err
+	}
+	return proxy.Route{ID: id, State: at.State, Reason: at.Reason, Generation: at.Generation}, nil
+}
+
+// SandboxBySignature returns the sandbox whose token made the signature.
+//
+//nolint:revive // the parts of a signed address, as the proxy asks for them
+func (r routes) SandboxBySignature(ctx context.Context, path, op, user, signature, expiration string) (sandbox.ID, error) {
+	return r.control.SandboxBySignature(ctx, control.Signed{Path: path, Operation: op, User: user, Signature: signature, Expiration: expiration})
+}
+
+// lastResort are the name servers of sandboxes on a machine that names none that they could reach.
+func lastResort() []netip.Addr {
+	return []netip.Addr{netip.AddrFrom4([4]byte{1, 1, 1, 1}), netip.AddrFrom4([4]byte{8, 8, 8, 8})}
+}
+
+// resolvers are the name servers that sandboxes use.
+func resolvers(cfg *config.Config) []netip.Addr {
+	if set := cfg.ResolverAddrs(); len(set) > 0 {
+		return set
+	}
+	return guestnet.Resolvers(lastResort())
+}

@@ -1,0 +1,188 @@
+package daemon
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"runtime"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+
+	"github.com/cloister-dev/cloister/internal/agent"
+	"github.com/cloister-dev/cloister/internal/config"
+	"github.com/cloister-dev/cloister/internal/engine/gvisor"
+	"github.com/cloister-dev/cloister/internal/engine/gvisor/sentry"
+	"github.com/cloister-dev/cloister/internal/guest/binary"
+	"github.com/cloister-dev/cloister/internal/guestnet"
+	"github.com/cloister-dev/cloister/internal/image"
+	"github.com/cloister-dev/cloister/internal/journal"
+	"github.com/cloister-dev/cloister/internal/sandbox"
+)
+
+// nodeRole is the part that runs sandboxes.
+type nodeRole struct {
+	journal *journal.Journal
+	engine  *gvisor.Engine
+	network *guestnet.Manager
+	agent   *agent.Agent
+	uplink  *uplink
+}
+
+func (d *daemon) buildNode(ctx context.Context) error {
+	capacity, memory, err := capacityOf(d.cfg)
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(d.path("node", "scratch"), 0o700); err != nil {
+		return fmt.Errorf("make scratch directory: %w", err)
+	}
+	jr, err := journal.Open(ctx, journalPath(d.cfg.DataDir), journal.Options{
+		Capacity: capacity, MaxSandboxes: d.cfg.MaxSandboxes, NodeID: d.held.holder.Node,
+	})
+	if err != nil {
+		return fmt.Errorf("open journal: %w", err)
+	}
+	d.closers = append(d.closers, jr.Close)
+	parts, err := d.nodeParts(jr.NodeID(), memory)
+	if err != nil {
+		return err
+	}
+	d.closers = append(d.closers, func() error { parts.network.Close(); return nil })
+	images, err := d.imageStore()
+	if err != nil {
+		return err
+	}
+	parts.journal, parts.uplink = jr, newUplink(d.server.control)
+	parts.agent, err = agent.New(d.agentConfig(capacity), agent.Deps{
+		Journal: jr, Engine: parts.engine, Network: parts.network, Images: images, Server: parts.uplink,
+		Registerer: d.metrics, Logger: d.log,
+	})
+	if err != nil {
+		return fmt.Errorf("build node: %w", err)
+	}
+	d.node = parts
+	if err := d.held.nameNode(jr.NodeID()); err != nil {
+		return err
+	}
+	d.server.fleet.id, d.server.fleet.agent = jr.NodeID(), parts.agent
+	return nil
+}
+
+// maxConnections is how many connections of one sandbox the machine tracks: the table is shared by all.
+const maxConnections = 4096
+
+// nodeParts makes what the node's id names on this machine.
+func (d *daemon) nodeParts(id sandbox.NodeID, memory int64) (*nodeRole, error) {
+	exe, err := sentry.Install(d.path("node", "bin"))
+	if err != nil {
+		return nil, err
+	}
+	eng, err := gvisor.New(gvisor.Config{
+		ExePath: exe,
+		Root:    d.path("node", "gvisor"), CgroupParent: "cloister-" + string(id), MemoryBudgetBytes: memory, Logger: d.log,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("open engine: %w", err)
+	}
+	net, err := guestnet.New(guestnet.Config{
+		Range: d.cfg.Range(), Name: string(id), PoolSize: d.cfg.PoolMax / 2, Resolvers: resolvers(d.cfg),
+		MaxConnections: maxConnections, Logger: d.log,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("open network: %w", err)
+	}
+	return &nodeRole{engine: eng, network: net}, nil
+}
+
+func (d *daemon) imageStore() (*image.Store, error) {
+	images, err := image.New(image.Config{
+		Dir: d.path("node", "images"), CacheDir: d.cfg.CacheDir, Guest: binary.Bytes, Logger: d.log, AnswerTimeout: d.cfg.RegistryTimeout,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("open images: %w", err)
+	}
+	return images, nil
+}
+
+func (d *daemon) agentConfig(capacity sandbox.Resources) agent.Config {
+	poolMax := d.cfg.PoolMax
+	if poolMax == 0 {
+		poolMax = -1 // the agent's word for no pool
+	}
+	return agent.Config{
+		Name: d.cfg.NodeName, Version: d.version, Architecture: runtime.GOARCH, Kernel: kernel(),
+		Capacity: capacity, ScratchDir: d.path("node", "scratch"), Resolvers: resolvers(d.cfg),
+		MaxStarting: d.cfg.StartsAtOnce, WarmMin: d.cfg.PoolMin, WarmMax: poolMax,
+	}
+}
+
+func kernel() string {
+	var u unix.Utsname
+	if unix.Uname(&u) != nil {
+		return ""
+	}
+	return unix.ByteSliceToString(u.Release[:])
+}
+
+// capacityOf returns what sandboxes of this machine may be promised, and the memory in bytes that they may really use.
+func capacityOf(cfg *config.Config) (sandbox.Resources, int64, error) {
+	var info unix.Sysinfo_t
+	if err := unix.Sysinfo(&info); err != nil {
+		return sandbox.Resources{}, 0, fmt.Errorf("read memory size: %w", err)
+	}
+	var fs unix.Statfs_t
+	if err := unix.Statfs(cfg.DataDir, &fs); err != nil {
+		return sandbox.Resources{}, 0, fmt.Errorf("read disk size of %s: %w", cfg.DataDir, err)
+	}
+	total := int64(info.Totalram) * int64(info.Unit) //nolint:gosec // no machine has 2^63 bytes
+	memory := total - int64(cfg.ReservedMemory)
+	if memory < int64(cfg.SandboxMemory) {
+		return sandbox.Resources{}, 0, sandbox.Invalidf("this machine has %d MiB of memory, reserved-memory keeps %s: no sandbox of %s fits; lower one of them",
+			total>>20, cfg.ReservedMemory.String(), cfg.SandboxMemory.String())
+	}
+	disk := int64(fs.Bavail)*fs.Bsize - int64(cfg.ReservedDisk) //nolint:gosec // no disk has 2^63 bytes
+	return sandbox.Resources{
+		MilliCPU:    int64(float64(runtime.NumCPU()) * 1000 * cfg.OvercommitCPU),
+		MemoryBytes: int64(float64(memory) * cfg.OvercommitMemory),
+		DiskBytes:   int64(float64(max(disk, 0)) * cfg.OvercommitDisk),
+	}, memory, nil
+}
+
+// start brings back what an earlier process left running, then runs the node's loops.
+func (n *nodeRole) start(ctx context.Context, loops *errgroup.Group) error {
+	if err := n.agent.Recover(ctx); err != nil {
+		return fmt.Errorf("recover node: %w", err)
+	}
+	loops.Go(func() error { return n.network.Run(ctx) })
+	loops.Go(func() error { return n.agent.Run(ctx) })
+	return nil
+}
+
+// roomEvery is how often the free disk space is compared with what is admitted.
+const roomEvery = 10 * time.Second
+
+// followRoom admits more once space is free that was not when the daemon started, until ctx ends.
+func (d *daemon) followRoom(ctx context.Context) error {
+	tick := time.NewTicker(roomEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+		now, _, err := capacityOf(d.cfg)
+		if err == nil && now.DiskBytes > d.node.journal.Ledger().Capacity.DiskBytes {
+			err = d.node.journal.RaiseCapacity(ctx, now)
+		}
+		if err != nil && ctx.Err() == nil {
+			d.log.WarnContext(ctx, "free disk space not taken into account", slog.Any("err", err))
+		}
+	}
+}
+
+func journalPath(dataDir string) string { return filepath.Join(dataDir, "node", "journal.db") }

@@ -1,0 +1,60 @@
+package daemon
+
+import (
+	"context"
+	"net/netip"
+	"os"
+
+	"github.com/cloister-dev/cloister/internal/config"
+	"github.com/cloister-dev/cloister/internal/guestnet"
+	"github.com/cloister-dev/cloister/internal/install"
+	"github.com/cloister-dev/cloister/internal/journal"
+)
+
+// Preflight checks whether this machine is fit for the settings. What a running daemon of the same data directory holds
+// counts as free.
+func Preflight(ctx context.Context, cfg *config.Config) []install.Finding {
+	s := install.Settings{
+		DataDir: cfg.DataDir, Range: cfg.Range(),
+		Overlaps:  func() ([]install.Overlap, error) { return overlaps(ctx, cfg) },
+		Resolvers: func() []netip.Addr { return resolvers(cfg) },
+	}
+	if _, running := HolderOf(cfg.DataDir); !running {
+		for setting, addr := range map[string]string{"api-addr": cfg.APIAddr, "proxy-addr": cfg.ProxyAddr, "debug-addr": cfg.DebugAddr} {
+			if addr != "" {
+				s.Listeners = append(s.Listeners, install.Listener{Setting: setting, Addr: addr})
+			}
+		}
+	}
+	return install.Preflight(ctx, s)
+}
+
+// overlaps returns what else uses addresses of the sandboxes' range.
+func overlaps(ctx context.Context, cfg *config.Config) ([]install.Overlap, error) {
+	found, err := guestnet.Conflicts(cfg.Range(), nodeName(ctx, cfg))
+	if err != nil {
+		return nil, err
+	}
+	out := make([]install.Overlap, 0, len(found))
+	for _, c := range found {
+		out = append(out, install.Overlap{Kind: c.Kind, Text: c.Text, Remedy: c.Remedy})
+	}
+	return out, nil
+}
+
+// nodeName is the id of the node of the data directory, or "" where there is none yet.
+func nodeName(ctx context.Context, cfg *config.Config) string {
+	if h, running := HolderOf(cfg.DataDir); running {
+		return string(h.Node)
+	}
+	path := journalPath(cfg.DataDir)
+	if _, err := os.Stat(path); err != nil {
+		return ""
+	}
+	jr, err := journal.Open(ctx, path, journal.Options{})
+	if err != nil {
+		return ""
+	}
+	defer func() { _ = jr.Close() }() // nothing was written
+	return string(jr.NodeID())
+}

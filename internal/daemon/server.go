@@ -1,0 +1,159 @@
+package daemon
+
+import (
+	"context"
+	"fmt"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/cloister-dev/cloister/internal/auth"
+	"github.com/cloister-dev/cloister/internal/control"
+	"github.com/cloister-dev/cloister/internal/gen/agent/v1/agentv1connect"
+	"github.com/cloister-dev/cloister/internal/history"
+	"github.com/cloister-dev/cloister/internal/sandbox"
+	"github.com/cloister-dev/cloister/internal/scheduler"
+	"github.com/cloister-dev/cloister/internal/store"
+)
+
+// serverRole is the part that answers the API and decides.
+type serverRole struct {
+	store   *store.Store
+	history *history.History
+	control *control.Control
+	fleet   *localFleet
+}
+
+// maxCreating is how many creates may be under way at once: with no other node to go to, the rest of a burst waits for its
+// turn at the one that there is, which refuses what would wait too long.
+const maxCreating = 1000
+
+func (d *daemon) buildServer(ctx context.Context) error {
+	st, err := store.Open(ctx, store.Config{Dir: d.path("server", "store"), Logger: d.log})
+	if err != nil {
+		return fmt.Errorf("open store: %w", err)
+	}
+	d.closers = append(d.closers, st.Close)
+	hist, err := history.Open(ctx, history.Config{
+		Path: d.path("server", "history.db"), Logger: d.log, MaxAge: d.cfg.EventsKept, MaxEvents: int64(d.cfg.EventsKeptCount),
+	})
+	if err != nil {
+		return fmt.Errorf("open history: %w", err)
+	}
+	d.closers = append(d.closers, hist.Close)
+	fleet := &localFleet{}
+	ctl, err := control.New(ctx, control.Config{
+		Agents: fleet, Templates: st, Nodes: st, Secrets: st, Keys: keyring{st}, History: events{hist}, Log: d.log,
+		Limits: control.Limits{
+			MaxTimeout:       d.cfg.MaxTimeout,
+			DefaultResources: d.defaultResources(),
+		},
+		Policy: scheduler.Policy{MaxCreating: maxCreating},
+		About:  control.About{Version: d.version, APIURL: d.cfg.PublicAPIURL, ProxyURL: d.cfg.PublicProxyURL, Ready: d.ready.Load},
+	})
+	if err != nil {
+		return fmt.Errorf("build server: %w", err)
+	}
+	d.server = &serverRole{store: st, history: hist, control: ctl, fleet: fleet}
+	return nil
+}
+
+func (d *daemon) defaultResources() sandbox.Resources {
+	return sandbox.Resources{
+		MilliCPU:    int64(d.cfg.SandboxCPU * 1000),
+		MemoryBytes: int64(d.cfg.SandboxMemory),
+		DiskBytes:   int64(d.cfg.SandboxDisk),
+	}
+}
+
+func (s *serverRole) start(ctx context.Context, loops *errgroup.Group) {
+	loops.Go(func() error { return s.store.Run(ctx) })
+	loops.Go(func() error { return s.history.Run(ctx) })
+	loops.Go(func() error { return s.control.Run(ctx) })
+}
+
+// localFleet reaches the one node of this process. It is written once, before the first request.
+type localFleet struct {
+	id    sandbox.NodeID
+	agent agentv1connect.AgentServiceClient
+}
+
+// Agent returns the node's command interface.
+func (f *localFleet) Agent(id sandbox.NodeID) (agentv1connect.AgentServiceClient, bool) {
+	return f.agent, f.agent != nil && id == f.id
+}
+
+// keyring makes and finds API keys in the store.
+type keyring struct{ store *store.Store }
+
+// CreateKey makes a key and keeps its hash.
+func (k keyring) CreateKey(ctx context.Context, name string) (control.Key, string, error) {
+	made, err := auth.NewKey()
+	if err != nil {
+		return control.Key{}, "", fmt.Errorf("make key: %w", err)
+	}
+	kept, err := k.store.CreateKey(ctx, store.Key{Name: name, Hash: made.Hash, Hint: made.Hint, Admin: true})
+	if err != nil {
+		return control.Key{}, "", err
+	}
+	return keyInfo(kept), made.Secret, nil
+}
+
+// Keys lists the keys.
+func (k keyring) Keys(ctx context.Context) ([]control.Key, error) {
+	kept, err := k.store.Keys(ctx)
+	if err != nil {
+		return nil, err
+	}
+	out := make([]control.Key, 0, len(kept))
+	for _, one := range kept {
+		out = append(out, keyInfo(one))
+	}
+	return out, nil
+}
+
+// RevokeKey makes a key worthless.
+func (k keyring) RevokeKey(ctx context.Context, id string) error { return k.store.RevokeKey(ctx, id) }
+
+// Authenticate returns the id of the key that the secret is, or ErrNotFound. It reads memory only.
+func (k keyring) Authenticate(_ context.Context, secret string) (string, error) {
+	found, err := k.store.KeyByHash(auth.Hash(secret))
+	if err != nil {
+		return "", err
+	}
+	return found.ID, nil
+}
+
+func keyInfo(k store.Key) control.Key {
+	return control.Key{ID: k.ID, Name: k.Name, Hint: k.Hint, CreatedAt: k.CreatedAt}
+}
+
+// events keeps the control's events in the history.
+type events struct{ history *history.History }
+
+// Append stores events.
+func (e events) Append(ctx context.Context, all []control.Event) error {
+	out := make([]history.Event, 0, len(all))
+	for _, one := range all {
+		out = append(out, history.Event{
+			Time: one.Time, Type: one.Type, NodeID: one.NodeID, Sequence: one.Sequence, SandboxID: one.SandboxID,
+			Message: one.Message, Fields: one.Fields,
+		})
+	}
+	return e.history.Append(ctx, out)
+}
+
+// Query finds events.
+func (e events) Query(ctx context.Context, q control.EventQuery) ([]control.Event, error) {
+	found, err := e.history.Query(ctx, history.Query{Sandbox: q.SandboxID, Type: q.Type, Since: q.Since, After: q.After, Limit: q.Limit})
+	if err != nil {
+		return nil, err
+	}
+	out := make([]control.Event, 0, len(found))
+	for _, one := range found {
+		out = append(out, control.Event{
+			ID: one.ID, Time: one.Time, Type: one.Type, NodeID: one.NodeID, SandboxID: one.SandboxID, Sequence: one.Sequence,
+			Message: one.Message, Fields: one.Fields,
+		})
+	}
+	return out, nil
+}

@@ -1,0 +1,41 @@
+package daemon
+
+import (
+	"context"
+	"sync"
+
+	nodev1 "github.com/cloister-dev/cloister/internal/gen/node/v1"
+	"github.com/cloister-dev/cloister/internal/gen/node/v1/nodev1connect"
+)
+
+// uplink is the node's way to the server of the same process. It notes when the server first knows everything that the
+// node runs: before that, the API would answer that sandboxes of an earlier process do not exist.
+type uplink struct {
+	nodev1connect.NodeServiceClient
+
+	once   sync.Once
+	synced chan struct{}
+}
+
+func newUplink(server nodev1connect.NodeServiceClient) *uplink {
+	return &uplink{NodeServiceClient: server, synced: make(chan struct{})}
+}
+
+// Report passes a report on.
+func (u *uplink) Report(ctx context.Context, req *nodev1.ReportRequest) (*nodev1.ReportResponse, error) {
+	resp, err := u.NodeServiceClient.Report(ctx, req)
+	if err == nil {
+		u.once.Do(func() { close(u.synced) })
+	}
+	return resp, err
+}
+
+// wait blocks until the server knows what the node runs.
+func (u *uplink) wait(ctx context.Context) error {
+	select {
+	case <-u.synced:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}

@@ -1,0 +1,147 @@
+// Command guest is the first process of the guests that the tests start.
+package main
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"runtime"
+	"strconv"
+	"strings"
+	"syscall"
+)
+
+func main() {
+	switch cmd, arg := os.Args[1], strings.Join(os.Args[2:], " "); cmd {
+	case "sleep":
+		rest()
+	case "exit":
+		n, _ := strconv.Atoi(arg)
+		os.Exit(n)
+	case "alloc":
+		alloc(arg)
+		rest()
+	case "fault":
+		_ = syscall.Kill(syscall.Getpid(), syscall.SIGKILL) // the first process ignores it
+		os.Exit(9)
+	case "serve":
+		serve(arg)
+	}
+}
+
+func alloc(arg string) []byte {
+	n, _ := strconv.Atoi(arg)
+	b := make([]byte, n)
+	for i := 0; i < n; i += 4096 {
+		b[i] = 1
+	}
+	return b
+}
+
+// serve answers one command per line: the answer's lines, then an empty one.
+func serve(addr string) {
+	l, err := net.Listen("tcp", addr)
+	if err != nil {
+		os.Exit(3)
+	}
+	for {
+		c, err := l.Accept()
+		if err != nil {
+			os.Exit(4)
+		}
+		go func() {
+			defer c.Close()
+			for sc := bufio.NewScanner(c); sc.Scan(); {
+				cmd, arg, _ := strings.Cut(sc.Text(), " ")
+				fmt.Fprintf(c, "%s\n\n", strings.TrimSpace(answer(cmd, arg)))
+			}
+		}()
+	}
+}
+
+var kept [][]byte
+
+func answer(cmd, arg string) string {
+	switch cmd {
+	case "cat":
+		b, err := os.ReadFile(arg)
+		if err != nil {
+			return "error: " + err.Error()
+		}
+		return string(b)
+	case "cpus":
+		return strconv.Itoa(runtime.NumCPU())
+	case "host":
+		h, _ := os.Hostname()
+		return h
+	case "df":
+		var st syscall.Statfs_t
+		if err := syscall.Statfs(arg, &st); err != nil {
+			return err.Error()
+		}
+		return fmt.Sprint(st.Blocks*uint64(st.Bsize), st.Bavail*uint64(st.Bsize))
+	case "ls":
+		list, err := os.ReadDir(arg)
+		if err != nil {
+			return err.Error()
+		}
+		var names []string
+		for _, e := range list {
+			names = append(names, e.Name())
+		}
+		return strings.Join(names, " ")
+	case "write": // path bytes
+		return write(strings.Fields(arg))
+	case "rm":
+		return fmt.Sprint(os.Remove(arg))
+	case "alloc":
+		kept = append(kept, alloc(arg))
+		return "ok"
+	case "burn":
+		for i := 0; i < 2e8; i++ {
+			_ = i * i
+		}
+		return "ok"
+	case "mount":
+		_ = os.MkdirAll("/mnt/t", 0o755)
+		return fmt.Sprint(syscall.Mount("t", "/mnt/t", "tmpfs", 0, ""))
+	case "exit":
+		n, _ := strconv.Atoi(arg)
+		os.Exit(n)
+	}
+	return "unknown command"
+}
+
+func write(args []string) string {
+	f, err := os.Create(args[0])
+	if err != nil {
+		return err.Error()
+	}
+	defer f.Close()
+	want, _ := strconv.Atoi(args[1])
+	buf := make([]byte, 1<<20)
+	for i := range buf {
+		buf[i] = byte(i * 7)
+	}
+	done := 0
+	for done < want {
+		n, err := f.Write(buf[:min(len(buf), want-done)])
+		done += n
+		if errors.Is(err, syscall.ENOSPC) {
+			return fmt.Sprint(done, " ENOSPC")
+		}
+		if err != nil {
+			return fmt.Sprint(done, " ", err)
+		}
+	}
+	return fmt.Sprint(done, " ok")
+}
+
+// rest does nothing, for ever.
+func rest() {
+	for {
+		_ = syscall.Pause()
+	}
+}

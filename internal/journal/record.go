@@ -1,0 +1,120 @@
+package journal
+
+import (
+	"net/netip"
+	"time"
+
+	"github.com/cloister-dev/cloister/internal/sandbox"
+)
+
+// maxLines bounds the lines that a record keeps.
+const maxLines = 32
+
+// Record is what a node remembers of one sandbox.
+type Record struct {
+	sandbox.Sandbox
+
+	// Warm means that the sandbox was made ahead of demand and nobody has claimed it; its state is creating until then.
+	Warm bool `json:"warm,omitempty"`
+	// Ready means that the agent inside a warm sandbox has answered.
+	Ready bool `json:"ready,omitempty"`
+	// ImageDigest is the content address of the image that the sandbox runs from.
+	ImageDigest string `json:"image_digest"`
+	// IdempotencyKey is the key of the request that made the sandbox; empty for none.
+	IdempotencyKey string `json:"idempotency_key,omitempty"`
+	// Network is how the machine reaches the sandbox; its zero value means that it has no network yet.
+	Network Network `json:"network,omitzero"`
+	// Ending says how the sandbox is to end, from the moment when that is decided.
+	Ending Ending `json:"ending,omitzero"`
+	// Lines are the last events of its life, oldest first, at most 32.
+	Lines []Line `json:"lines,omitempty"`
+	// Last names the newest change that was made of it: the change's number, kind and time. The journal sets it.
+	Last Mark `json:"last,omitzero"`
+}
+
+// Network is what it takes to find a sandbox's network again.
+type Network struct {
+	NetNS     string     `json:"netns,omitempty"`
+	Link      string     `json:"link,omitempty"`
+	GuestAddr netip.Addr `json:"guest_addr,omitzero"`
+	Gateway   netip.Addr `json:"gateway,omitzero"`
+}
+
+// Ending is the decided end of a sandbox.
+type Ending struct {
+	State  sandbox.State `json:"state,omitempty"`
+	Reason string        `json:"reason,omitempty"`
+	// Type is the type of the change that reports it.
+	Type string `json:"type,omitempty"`
+}
+
+// Line is one event in a sandbox's life, for people.
+type Line struct {
+	Time    time.Time `json:"time"`
+	Level   string    `json:"level"`
+	Message string    `json:"message"`
+}
+
+// Mark names a change.
+type Mark struct {
+	Sequence int64     `json:"sequence,omitempty"`
+	Type     string    `json:"type,omitempty"`
+	Time     time.Time `json:"time,omitzero"`
+}
+
+// Append adds a line and drops the oldest where there are too many. It never writes to a slice that it was given.
+func (r *Record) Append(l Line) {
+	from := max(0, len(r.Lines)+1-maxLines)
+	r.Lines = append(append(make([]Line, 0, len(r.Lines)+1-from), r.Lines[from:]...), l)
+}
+
+// holds reports whether the record counts in the ledger.
+func (r *Record) holds() bool { return !r.State.Ended() }
+
+// Change is one numbered fact for the server.
+type Change struct {
+	// Sequence is set by the journal: 1, 2, 3 and so on.
+	Sequence int64     `json:"-"`
+	Type     string    `json:"type"`
+	Time     time.Time `json:"time"`
+	// Sandbox is the sandbox as it was after the change.
+	Sandbox sandbox.Sandbox `json:"sandbox"`
+}
+
+// Image is a root file system that the node has.
+type Image struct {
+	Digest     string             `json:"digest"`
+	TemplateID sandbox.TemplateID `json:"template_id"`
+	Bytes      int64              `json:"bytes"`
+	Source     string             `json:"source,omitempty"`
+	BuiltAt    time.Time          `json:"built_at"`
+}
+
+// Amount is resources and the number of sandboxes that hold them.
+type Amount struct {
+	Resources sandbox.Resources
+	Sandboxes int
+}
+
+func (a Amount) add(r sandbox.Resources) Amount {
+	return Amount{Resources: a.Resources.Add(r), Sandboxes: a.Sandboxes + 1}
+}
+
+func (a Amount) sub(r sandbox.Resources) Amount {
+	return Amount{Resources: a.Resources.Sub(r), Sandboxes: a.Sandboxes - 1}
+}
+
+// Ledger is the journal's sums at one moment.
+type Ledger struct {
+	Capacity sandbox.Resources
+	// Allocated is what all sandboxes hold, the warm ones included.
+	Allocated Amount
+	// Warm is what the unclaimed warm ones hold.
+	Warm Amount
+	// Creating counts sandboxes that somebody waits for.
+	Creating int
+	// Sequence is the number of the last change; Acknowledged is the last that the server is known to have.
+	Sequence, Acknowledged int64
+	// Oldest is the number of the oldest change that is still kept; Sequence+1 when none is.
+	Oldest int64
+}

@@ -1,0 +1,190 @@
+package proxy
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/http"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/cloister-dev/cloister/internal/sandbox"
+)
+
+// Limits of the connections that are kept to guests.
+const (
+	maxIdlePerPort       = 64
+	maxIdlePerSandbox    = 128
+	idleConnTimeout      = 75 * time.Second
+	guestTTL             = 2 * time.Minute
+	sweepInterval        = time.Minute
+	expectTimeout        = time.Second
+	maxGuestHeaderBytes  = 1 << 20
+	guestConnReadBuffer  = 8 << 10
+	guestConnWriteBuffer = 8 << 10
+)
+
+// guests holds the connections to sandboxes, and which requests are open on each.
+type guests struct {
+	dialer      dialer
+	dialTimeout time.Duration
+	maxRequests int
+	metrics     *metrics
+
+	mu        sync.Mutex
+	byID      map[sandbox.ID]*guest
+	lastSweep time.Time
+	closed    bool
+	joined    sync.WaitGroup // grows only under mu and while not closed
+}
+
+// guest is one sandbox. Its fields are guarded by guests.mu.
+type guest struct {
+	generation int64
+	transport  *http.Transport
+	open       map[*exchange]struct{}
+	lastUsed   time.Time
+}
+
+// join enters a request and gives it the connections to its sandbox. A leave follows every join that did not fail.
+func (g *guests) join(ex *exchange) *failure {
+	stale, fail := g.enter(ex, time.Now())
+	for _, t := range stale {
+		t.CloseIdleConnections()
+	}
+	return fail
+}
+
+// enter does join's work under the lock; the caller closes the idle connections of what it returns.
+func (g *guests) enter(ex *exchange, now time.Time) ([]*http.Transport, *failure) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.closed {
+		return nil, shuttingDown(ex.dest.target, errShutdown)
+	}
+	stale := g.sweepLocked(now)
+	gu := g.byID[ex.dest.id]
+	switch {
+	case gu == nil:
+		gu = &guest{generation: ex.dest.generation, transport: g.newTransport(ex.dest.id), open: make(map[*exchange]struct{})}
+		g.byID[ex.dest.id] = gu
+	case len(gu.open) >= g.maxRequests:
+		return stale, tooMany(ex.dest.target)
+	case gu.generation < ex.dest.generation:
+		stale = append(stale, gu.transport)
+		gu.generation, gu.transport = ex.dest.generation, g.newTransport(ex.dest.id)
+	}
+	gu.open[ex] = struct{}{}
+	gu.lastUsed = now
+	ex.transport = gu.transport
+	g.joined.Add(1)
+	return stale, nil
+}
+
+// leave takes a request out again.
+func (g *guests) leave(ex *exchange) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if gu := g.byID[ex.dest.id]; gu != nil {
+		delete(gu.open, ex)
+	}
+	g.joined.Done()
+}
+
+// drop cuts a sandbox's open requests and forgets its connections.
+func (g *guests) drop(id sandbox.ID, why error) {
+	g.mu.Lock()
+	gu := g.byID[id]
+	delete(g.byID, id)
+	g.mu.Unlock()
+	gu.cut(why)
+}
+
+// close drops every sandbox and lets nobody join any more; joined tells when all have left.
+func (g *guests) close(why error) {
+	g.mu.Lock()
+	all := g.byID
+	g.byID, g.closed = make(map[sandbox.ID]*guest), true
+	g.mu.Unlock()
+	for _, gu := range all {
+		gu.cut(why)
+	}
+}
+
+// cut ends everything of a guest that is in no map any more, so that nobody else changes it.
+func (gu *guest) cut(why error) {
+	if gu == nil {
+		return
+	}
+	for ex := range gu.open {
+		ex.cut(why)
+	}
+	gu.transport.CloseIdleConnections()
+}
+
+// sweepLocked forgets, now and then, sandboxes that nobody has asked for in a while. It returns what the caller shall
+// close after unlocking.
+func (g *guests) sweepLocked(now time.Time) []*http.Transport {
+	if now.Sub(g.lastSweep) < sweepInterval {
+		return nil
+	}
+	g.lastSweep = now
+	var stale []*http.Transport
+	for id, gu := range g.byID {
+		if len(gu.open) == 0 && now.Sub(gu.lastUsed) > guestTTL {
+			stale = append(stale, gu.transport)
+			delete(g.byID, id)
+		}
+	}
+	return stale
+}
+
+// newTransport returns a pool of connections to one sandbox. A transport that was told to close its idle connections
+// keeps none of those that become idle later either, so replacing it is enough to be rid of them.
+func (g *guests) newTransport(id sandbox.ID) *http.Transport {
+	return &http.Transport{
+		DialContext: func(ctx context.Context, _, addr string) (net.Conn, error) {
+			return g.dial(ctx, id, addr)
+		},
+		DisableCompression:     true, // bytes pass as they are
+		MaxIdleConns:           maxIdlePerSandbox,
+		MaxIdleConnsPerHost:    maxIdlePerPort,
+		IdleConnTimeout:        idleConnTimeout,
+		ExpectContinueTimeout:  expectTimeout,
+		MaxResponseHeaderBytes: maxGuestHeaderBytes,
+		ReadBufferSize:         guestConnReadBuffer,
+		WriteBufferSize:        guestConnWriteBuffer,
+	}
+}
+
+// dialError marks an error of connecting, as opposed to one of talking.
+type dialError struct{ err error }
+
+func (e *dialError) Error() string { return e.err.Error() }
+func (e *dialError) Unwrap() error { return e.err }
+
+// dial connects to the port in addr, which is guestAddr's.
+func (g *guests) dial(ctx context.Context, id sandbox.ID, addr string) (net.Conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, g.dialTimeout)
+	defer cancel()
+	_, portText, err := net.SplitHostPort(addr)
+	if err != nil {
+		return nil, &dialError{fmt.Errorf("dial sandbox %s: %w", id, err)}
+	}
+	port, err := parsePort(portText)
+	if err != nil {
+		return nil, &dialError{fmt.Errorf("dial sandbox %s: %w", id, err)}
+	}
+	conn, err := g.dialer.DialGuest(ctx, id, port)
+	g.metrics.dialed(err)
+	if err != nil {
+		return nil, &dialError{fmt.Errorf("dial sandbox %s port %d: %w", id, port, err)}
+	}
+	return &guestConn{Conn: conn}, nil
+}
+
+// guestAddr is the authority that stands for a port inside a sandbox; only dial reads it.
+func guestAddr(t target) string {
+	return string(t.id) + ":" + strconv.Itoa(int(t.port))
+}

@@ -1,0 +1,103 @@
+package proxy
+
+import (
+	"errors"
+	"fmt"
+	"strconv"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/cloister-dev/cloister/internal/sandbox"
+)
+
+// metrics counts what passes. There are no labels for single sandboxes.
+type metrics struct {
+	requests *prometheus.CounterVec
+	failures *prometheus.CounterVec
+	open     prometheus.Gauge
+	duration prometheus.Histogram
+	dials    *prometheus.CounterVec
+	in, out  prometheus.Counter
+}
+
+func newMetrics(r prometheus.Registerer) (*metrics, error) {
+	bytes := prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "cloister_proxy_bytes_total", Help: "Bytes of bodies moved, by direction: in (to sandboxes) or out.",
+	}, []string{"direction"})
+	m := &metrics{
+		requests: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "cloister_proxy_requests_total", Help: "Requests, by class of the status code sent.",
+		}, []string{"code"}),
+		failures: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "cloister_proxy_failures_total", Help: "Requests that the proxy answered in a guest's stead, by cause.",
+		}, []string{"cause"}),
+		open: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "cloister_proxy_requests_in_flight", Help: "Requests that are open now, streams and upgraded connections included.",
+		}),
+		duration: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name: "cloister_proxy_request_duration_seconds", Help: "Time from a request's head to the end of its answer.",
+			Buckets: []float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 10, 60, 600, 3600},
+		}),
+		dials: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "cloister_proxy_dials_total", Help: "Connections opened to guests, by result.",
+		}, []string{"result"}),
+		in: bytes.WithLabelValues("in"), out: bytes.WithLabelValues("out"),
+	}
+	if r == nil {
+		return m, nil
+	}
+	for _, c := range []prometheus.Collector{m.requests, m.failures, m.open, m.duration, m.dials, bytes} {
+		if err := r.Register(c); err != nil {
+			return nil, fmt.Errorf("register the proxy's metrics: %w", err)
+		}
+	}
+	return m, nil
+}
+
+func (m *metrics) received(n int) { m.in.Add(float64(n)) }
+func (m *metrics) sent(n int)     { m.out.Add(float64(n)) }
+
+func (m *metrics) dialed(err error) {
+	result := "ok"
+	switch {
+	case err == nil:
+	case errors.Is(err, sandbox.ErrNotFound):
+		result = "not_found"
+	case errors.Is(err, sandbox.ErrUnavailable):
+		result = "unavailable"
+	default:
+		result = "error"
+	}
+	m.dials.WithLabelValues(result).Inc()
+}
+
+// outcome is what a request came to; its fields are written on the request's own goroutine.
+type outcome struct {
+	metrics *metrics
+	start   time.Time
+	status  int
+	failure cause
+}
+
+func (m *metrics) begin() *outcome {
+	m.open.Inc()
+	return &outcome{metrics: m, start: time.Now()}
+}
+
+func (o *outcome) end() {
+	o.metrics.open.Dec()
+	o.metrics.duration.Observe(time.Since(o.start).Seconds())
+	o.metrics.requests.WithLabelValues(codeClass(o.status)).Inc()
+	if o.failure != "" {
+		o.metrics.failures.WithLabelValues(string(o.failure)).Inc()
+	}
+}
+
+// codeClass is one of 1xx to 5xx, or "none" where no status was sent.
+func codeClass(status int) string {
+	if status < 100 || status >= 600 || status == statusClientGone {
+		return "none"
+	}
+	return strconv.Itoa(status/100) + "xx"
+}

@@ -1,0 +1,187 @@
+// Package proxy carries traffic into sandboxes: host name, headers or path -> sandbox -> node -> guest port.
+//
+// It owns the rules by which a request names its sandbox (target.go), the refusal of routes that belong to the control
+// plane (internalroute.go), the answers that it gives in a guest's stead (failure.go) and the way of the bytes
+// (forward.go and below). Deciding where a request goes (resolver) knows nothing of how it gets there (forwarder), so
+// that another data path can stand beside this one. It must not decide anything about a sandbox's life, hold records, or
+// trust what a guest or a client sends.
+//
+// Everything is safe for concurrent use. Locks: guests.mu before nothing else; exchange.mu before nothing else; no I/O
+// under either. Goroutines belong to Run (the server's), to http.Transport (two for each open connection to a guest) or
+// to the request that started them.
+package proxy
+
+import (
+	"context"
+	"crypto/tls"
+	"log/slog"
+	"net"
+	"net/http"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/cloister-dev/cloister/internal/sandbox"
+)
+
+// GuestAgentPort is where the agent inside each sandbox listens; requests that name no port go there.
+const GuestAgentPort = 49983
+
+// Defaults of Config.
+const (
+	defaultDialTimeout           = 10 * time.Second
+	defaultDrainTimeout          = 10 * time.Second
+	defaultMaxConnections        = 32768
+	defaultMaxRequestsPerSandbox = 8192
+)
+
+// Route is what the proxy needs to know of a sandbox.
+type Route struct {
+	ID    sandbox.ID
+	State sandbox.State
+	// Reason says why the state is what it is; users see it for failed and lost sandboxes.
+	Reason string
+	// Generation grows with each change of the sandbox. Connections that were kept for an earlier one are not reused.
+	Generation int64
+}
+
+// router finds sandboxes.
+type router interface {
+	// Route returns what is known of a sandbox. ErrNotFound: no such sandbox; ErrUnavailable: nobody can tell now.
+	Route(ctx context.Context, id sandbox.ID) (Route, error)
+}
+
+// dialer reaches into sandboxes.
+type dialer interface {
+	// DialGuest connects to a TCP port inside a sandbox. ErrNotFound: no such sandbox there; ErrUnavailable: nothing
+	// listens on the port. The connection is closed under its user when the sandbox ends.
+	DialGuest(ctx context.Context, id sandbox.ID, port uint16) (net.Conn, error)
+}
+
+// signatures finds the sandbox whose access token made a signature.
+type signatures interface {
+	// SandboxBySignature returns the sandbox that a signed file URL belongs to, whether or not it has expired.
+	// ErrNotFound: no running sandbox made it. op is "read" or "write"; expiration is empty when the URL has none.
+	SandboxBySignature(ctx context.Context, path, op, user, signature, expiration string) (sandbox.ID, error)
+}
+
+// Config is what a Proxy is made of.
+type Config struct {
+	Router router
+	Dialer dialer
+	// Signatures may be nil: then a file URL that names no sandbox is refused.
+	Signatures signatures
+	// Domain is the domain below which sandboxes have host names, as in <port>-<id>.<domain>. Empty means that any
+	// domain does. A port in it is ignored.
+	Domain string
+	// PublicHosts are the proxy's own host names, for which the headers E2b-Sandbox-Id and E2b-Sandbox-Port count, as
+	// they do for localhost, IP addresses and sandbox.<anything>.
+	PublicHosts []string
+	// Logger may be nil, for silence.
+	Logger *slog.Logger
+	// Registerer may be nil, for no metrics.
+	Registerer prometheus.Registerer
+	// DialTimeout bounds connecting to a guest; 0 means 10 s.
+	DialTimeout time.Duration
+	// DrainTimeout bounds how long Run lets open requests go on after its context has ended; 0 means 10 s.
+	DrainTimeout time.Duration
+	// MaxConnections bounds the client connections of each listener; more wait to be accepted. 0 means 32768.
+	MaxConnections int
+	// MaxRequestsPerSandbox bounds the open requests of one sandbox; more are answered with 429. 0 means 8192.
+	MaxRequestsPerSandbox int
+}
+
+// Listener is a socket that Run answers on.
+type Listener struct {
+	net.Listener
+	// TLS is what clients are met with; HTTP/2 is offered where NextProtos has h2. Nil means plain HTTP/1.1, and
+	// HTTP/2 for clients that begin with it.
+	TLS *tls.Config
+}
+
+// Proxy is an http.Handler for sandbox traffic.
+type Proxy struct {
+	resolver  *resolver
+	forwarder *forwarder
+	metrics   *metrics
+	logger    *slog.Logger
+
+	drainTimeout   time.Duration
+	maxConnections int
+}
+
+// New returns a Proxy; Run, or an http.Server of the caller's, makes it answer. Errors: ErrInvalid.
+func New(cfg Config) (*Proxy, error) {
+	if cfg.Router == nil || cfg.Dialer == nil {
+		return nil, sandbox.Invalidf("proxy: a router and a dialer are needed")
+	}
+	withDefaults(&cfg)
+	m, err := newMetrics(cfg.Registerer)
+	if err != nil {
+		return nil, err
+	}
+	return &Proxy{
+		resolver:       &resolver{rules: newRules(cfg.Domain, cfg.PublicHosts), router: cfg.Router, signatures: cfg.Signatures},
+		forwarder:      newForwarder(cfg, m),
+		metrics:        m,
+		logger:         cfg.Logger,
+		drainTimeout:   cfg.DrainTimeout,
+		maxConnections: cfg.MaxConnections,
+	}, nil
+}
+
+func withDefaults(cfg *Config) {
+	if cfg.Logger == nil {
+		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
+	cfg.DialTimeout = orDefault(cfg.DialTimeout, defaultDialTimeout)
+	cfg.DrainTimeout = orDefault(cfg.DrainTimeout, defaultDrainTimeout)
+	cfg.MaxConnections = orDefault(cfg.MaxConnections, defaultMaxConnections)
+	cfg.MaxRequestsPerSandbox = orDefault(cfg.MaxRequestsPerSandbox, defaultMaxRequestsPerSandbox)
+}
+
+func orDefault[T int | time.Duration](v, otherwise T) T {
+	if v <= 0 {
+		return otherwise
+	}
+	return v
+}
+
+// Drop cuts all open requests of a sandbox and forgets its connections. It is for whoever sees first that a sandbox has
+// ended; requests fail also without it, when the node closes their connections.
+func (p *Proxy) Drop(id sandbox.ID) { p.forwarder.guests.drop(id, errSandboxEnded) }
+
+// ServeHTTP answers one request: by the guest that it names, or with an error in that guest's stead.
+func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	o := p.metrics.begin()
+	defer o.end() // also when the data path cuts the connection by a panic
+
+	dest, fail := p.resolver.resolve(r)
+	if fail == nil {
+		fail = p.forwarder.forward(w, r, dest, o)
+	}
+	if fail == nil {
+		return
+	}
+	o.status, o.failure = fail.status, fail.cause
+	p.log(r, fail)
+	if fail.status == statusClientGone {
+		panic(http.ErrAbortHandler) // an empty 200 would be a lie to a client that only closed its sending side
+	}
+	fail.write(w, r)
+}
+
+func (p *Proxy) log(r *http.Request, fail *failure) {
+	level := slog.LevelDebug
+	if fail.cause == causeUnreachable {
+		level = slog.LevelWarn
+	}
+	attrs := []slog.Attr{
+		slog.String("sandbox_id", string(fail.id)), slog.Int("port", int(fail.port)), slog.String("cause", string(fail.cause)),
+		slog.Int("status", fail.status), slog.String("method", r.Method), slog.String("remote_addr", r.RemoteAddr),
+	}
+	if fail.err != nil {
+		attrs = append(attrs, slog.Any("err", fail.err))
+	}
+	p.logger.LogAttrs(r.Context(), level, "request not forwarded", attrs...)
+}

@@ -1,0 +1,77 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"net/http"
+
+	"github.com/cloister-dev/cloister/internal/sandbox"
+)
+
+// destination is where the data path brings a request.
+type destination struct {
+	target
+	generation int64
+}
+
+// resolver decides where a request goes, or why it goes nowhere. It moves no bytes.
+type resolver struct {
+	rules      rules
+	router     router
+	signatures signatures
+}
+
+func (rs *resolver) resolve(r *http.Request) (destination, *failure) {
+	if r.Method == http.MethodConnect {
+		return destination{}, &failure{status: http.StatusMethodNotAllowed, cause: causeBadRequest, message: "CONNECT is not supported: send the request itself"}
+	}
+	h, err := headOf(r)
+	if err != nil {
+		return destination{}, badRequest(err)
+	}
+	t, err := rs.rules.parse(h)
+	if err != nil {
+		return destination{}, badRequest(err)
+	}
+	if t.form == formOwn {
+		return destination{}, &failure{status: http.StatusOK, message: "ok"}
+	}
+	if t.port == GuestAgentPort && internalRoute(t.path) {
+		return destination{}, refusedRoute(t)
+	}
+	if t.form == formPath && t.path == "/" && t.prefix == h.path && navigates(r) {
+		return destination{}, slashMissing(t, h.query)
+	}
+	return rs.find(r.Context(), t)
+}
+
+// find looks the target's sandbox up.
+func (rs *resolver) find(ctx context.Context, t target) (destination, *failure) {
+	if t.form == formSignature {
+		id, fail := rs.bySignature(ctx, t)
+		if fail != nil {
+			return destination{}, fail
+		}
+		t.id = id
+	}
+	route, err := rs.router.Route(ctx, t.id)
+	if err != nil {
+		return destination{}, unrouted(ctx, t, err)
+	}
+	return destination{target: t, generation: route.Generation}, notServing(t, route)
+}
+
+func (rs *resolver) bySignature(ctx context.Context, t target) (sandbox.ID, *failure) {
+	if rs.signatures == nil {
+		return "", badRequest(sandbox.Invalidf("/files without a sandbox: send %s", headerSandboxID))
+	}
+	s := t.signed
+	id, err := rs.signatures.SandboxBySignature(ctx, s.path, s.op, s.user, s.signature, s.expiration)
+	if errors.Is(err, sandbox.ErrNotFound) {
+		return "", &failure{status: http.StatusUnauthorized, cause: causeNotFound, port: t.port, message: "The signature matches no running sandbox", err: err}
+	}
+	if err != nil {
+		return "", unrouted(ctx, t, err)
+	}
+	return id, nil
+}

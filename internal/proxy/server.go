@@ -1,0 +1,152 @@
+package proxy
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+)
+
+// Limits towards clients. Streams may be silent for as long as they like, so only heads and unused connections have
+// time limits; MaxConnections bounds the rest.
+const (
+	readHeaderTimeout = 15 * time.Second
+	idleTimeout       = 620 * time.Second // what the SDKs' other hosts allow
+	maxHeaderBytes    = 64 << 10
+	maxStreams        = 2048 // an SDK opens up to 2000 at once
+	streamWindow      = 4 << 20
+	connWindow        = 16 << 20
+	pingAfter         = 30 * time.Second
+	pingTimeout       = 15 * time.Second
+	lastWords         = time.Second // for answers to requests that a shutdown has cut
+)
+
+// Run answers on the listeners until ctx ends, then closes them, lets open requests go on for Config.DrainTimeout and
+// cuts the rest. It returns when all of that is over: nil after ctx has ended, else why a listener failed.
+func (p *Proxy) Run(ctx context.Context, listeners ...Listener) error {
+	srv := p.server()
+	group, groupCtx := errgroup.WithContext(ctx)
+	for _, ln := range listeners {
+		group.Go(func() error { return serve(srv, p.wrap(ln), ln.Addr()) })
+	}
+	group.Go(func() error {
+		<-groupCtx.Done()
+		p.shutdown(context.WithoutCancel(groupCtx), srv)
+		return nil
+	})
+	return group.Wait()
+}
+
+// Close cuts all open requests, upgraded connections included, refuses new ones and returns when none is left. It is for
+// those who answer with a server of their own: after that server's Shutdown, before they wait for anything else.
+func (p *Proxy) Close() {
+	p.forwarder.guests.close(errShutdown)
+	p.forwarder.guests.joined.Wait()
+}
+
+func serve(srv *http.Server, ln net.Listener, addr net.Addr) error {
+	if err := srv.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
+		return fmt.Errorf("serve sandbox traffic on %s: %w", addr, err)
+	}
+	return nil
+}
+
+func (p *Proxy) server() *http.Server {
+	var protocols http.Protocols
+	protocols.SetHTTP1(true)
+	protocols.SetHTTP2(true)
+	protocols.SetUnencryptedHTTP2(true)
+	return &http.Server{
+		Handler:           p,
+		Protocols:         &protocols,
+		ReadHeaderTimeout: readHeaderTimeout,
+		IdleTimeout:       idleTimeout,
+		MaxHeaderBytes:    maxHeaderBytes,
+		ErrorLog:          slog.NewLogLogger(p.logger.Handler(), slog.LevelDebug),
+		HTTP2: &http.HTTP2Config{
+			MaxConcurrentStreams:          maxStreams,
+			MaxReceiveBufferPerStream:     streamWindow,
+			MaxReceiveBufferPerConnection: connWindow,
+			SendPingTimeout:               pingAfter,
+			PingTimeout:                   pingTimeout,
+		},
+	}
+}
+
+func (p *Proxy) shutdown(ctx context.Context, srv *http.Server) {
+	drain, cancel := context.WithTimeout(ctx, p.drainTimeout)
+	defer cancel()
+	_ = srv.Shutdown(drain) // what it leaves open is cut next
+	p.forwarder.guests.close(errShutdown)
+	last, cancelLast := context.WithTimeout(ctx, lastWords)
+	defer cancelLast()
+	_ = srv.Shutdown(last)
+	_ = srv.Close()
+	p.Close()
+}
+
+// wrap bounds a listener's connections and puts TLS on it.
+func (p *Proxy) wrap(ln Listener) net.Listener {
+	bounded := &boundedListener{Listener: ln.Listener, slots: make(chan struct{}, p.maxConnections), done: make(chan struct{})}
+	if ln.TLS == nil {
+		return bounded
+	}
+	return tls.NewListener(bounded, ln.TLS)
+}
+
+// boundedListener accepts no more connections than it has slots.
+type boundedListener struct {
+	net.Listener
+	slots chan struct{}
+	done  chan struct{}
+	once  sync.Once
+}
+
+// Accept waits for a slot, then for a connection.
+func (l *boundedListener) Accept() (net.Conn, error) {
+	select {
+	case l.slots <- struct{}{}:
+	case <-l.done:
+		return nil, net.ErrClosed
+	}
+	conn, err := l.Listener.Accept()
+	if err != nil {
+		<-l.slots
+		return nil, err
+	}
+	return &boundedConn{Conn: conn, release: sync.OnceFunc(func() { <-l.slots })}, nil
+}
+
+// Close ends Accept.
+func (l *boundedListener) Close() error {
+	l.once.Do(func() { close(l.done) })
+	return l.Listener.Close()
+}
+
+// boundedConn gives its slot back when it is closed.
+type boundedConn struct {
+	net.Conn
+	release func()
+}
+
+// Close closes the connection and gives the slot back.
+func (c *boundedConn) Close() error {
+	err := c.Conn.Close()
+	c.release()
+	return err
+}
+
+// CloseWrite lets a server that answers early make sure that its answer is read.
+func (c *boundedConn) CloseWrite() error {
+	if half, ok := c.Conn.(interface{ CloseWrite() error }); ok {
+		return half.CloseWrite()
+	}
+	return c.Close()
+}

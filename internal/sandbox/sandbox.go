@@ -1,0 +1,100 @@
+package sandbox
+
+import "time"
+
+// Resources is an amount of a machine: what a node has, what a sandbox may use.
+type Resources struct {
+	// MilliCPU is processor time in thousandths of a core.
+	MilliCPU int64 `json:"milli_cpu"`
+	// MemoryBytes is working memory in bytes.
+	MemoryBytes int64 `json:"memory_bytes"`
+	// DiskBytes is what may be written to the root file system, in bytes.
+	DiskBytes int64 `json:"disk_bytes"`
+}
+
+// Add returns r + o.
+func (r Resources) Add(o Resources) Resources {
+	return Resources{r.MilliCPU + o.MilliCPU, r.MemoryBytes + o.MemoryBytes, r.DiskBytes + o.DiskBytes}
+}
+
+// Sub returns r - o; parts may be negative.
+func (r Resources) Sub(o Resources) Resources {
+	return Resources{r.MilliCPU - o.MilliCPU, r.MemoryBytes - o.MemoryBytes, r.DiskBytes - o.DiskBytes}
+}
+
+// Fits reports whether r is no larger than room in any part.
+func (r Resources) Fits(room Resources) bool {
+	return r.MilliCPU <= room.MilliCPU && r.MemoryBytes <= room.MemoryBytes && r.DiskBytes <= room.DiskBytes
+}
+
+// Sandbox is what is known of one sandbox. It is a value: share copies, and never write to a shared Metadata.
+type Sandbox struct {
+	ID         ID         `json:"id"`
+	NodeID     NodeID     `json:"node_id"`
+	TemplateID TemplateID `json:"template_id"`
+	// TemplateName is the name by which the template was asked for.
+	TemplateName string `json:"template_name,omitempty"`
+	State        State  `json:"state"`
+	// Reason says why the state is what it is; set for failed, lost and deleted.
+	Reason string `json:"reason,omitempty"`
+	// Generation grows by one with each change of state or setting. A command or report with a lower one is stale.
+	Generation int64             `json:"generation"`
+	Resources  Resources         `json:"resources"`
+	Metadata   map[string]string `json:"metadata,omitempty"`
+	StartedAt  time.Time         `json:"started_at"`
+	// EndAt is when the timeout ends the sandbox; zero means never.
+	EndAt time.Time `json:"end_at,omitzero"`
+	// EndedAt is when it left the machine; zero while it has not.
+	EndedAt time.Time `json:"ended_at,omitzero"`
+	// Secure means that the agent inside demands an access token.
+	Secure bool `json:"secure"`
+	// AllowInternet means that the sandbox may open connections to the outside.
+	AllowInternet bool `json:"allow_internet"`
+	// GuestVersion is the version of the E2B agent contract that the agent inside reports.
+	GuestVersion string `json:"guest_version,omitempty"`
+}
+
+// Template is what sandboxes start from.
+type Template struct {
+	ID TemplateID `json:"id"`
+	// Names are the aliases that find the template, the first being its main one.
+	Names     []string  `json:"names"`
+	Resources Resources `json:"resources"`
+	// ImageDigest is the content address (sha256:...) of the root file system; empty until built.
+	ImageDigest string    `json:"image_digest,omitempty"`
+	ImageBytes  int64     `json:"image_bytes,omitempty"`
+	Sources     []string  `json:"sources,omitempty"`
+	BuildID     string    `json:"build_id,omitempty"`
+	BuildState  string    `json:"build_state,omitempty"`
+	BuildError  string    `json:"build_error,omitempty"`
+	Public      bool      `json:"public"`
+	CreatedAt   time.Time `json:"created_at"`
+	UpdatedAt   time.Time `json:"updated_at"`
+}
+
+// NodeState is what the cluster may ask of a node.
+type NodeState string
+
+// The states of a node.
+const (
+	NodeReady    NodeState = "ready"
+	NodeSuspect  NodeState = "suspect"
+	NodeDown     NodeState = "down"
+	NodeCordoned NodeState = "cordoned"
+	NodeDraining NodeState = "draining"
+	NodeDrained  NodeState = "drained"
+)
+
+// Node is a machine that runs sandboxes.
+type Node struct {
+	ID           NodeID            `json:"id"`
+	Name         string            `json:"name"`
+	State        NodeState         `json:"state"`
+	Version      string            `json:"version"`
+	Architecture string            `json:"architecture"`
+	Kernel       string            `json:"kernel"`
+	Engines      []string          `json:"engines"`
+	Labels       map[string]string `json:"labels,omitempty"`
+	Capacity     Resources         `json:"capacity"`
+	RegisteredAt time.Time         `json:"registered_at"`
+}
