@@ -67,7 +67,7 @@ func things(t *testing.T) []string {
 		if err != nil {
 			t.Fatalf("%s %v: %v", name, args, err)
 		}
-		return strings.Split(strings.TrimSpace(string(out)), "\n")
+		return slices.DeleteFunc(strings.Split(string(out), "\n"), func(l string) bool { return strings.TrimSpace(l) == "" })
 	}
 	var all []string
 	for _, l := range lines("ip", "-br", "link") {
