@@ -18,9 +18,12 @@ type Engine interface {
 	// Caps says what the engine is and can do on this machine.
 	Caps() Caps
 
-	// Start makes a guest and runs spec.Args in it; it returns when the guest's first process runs.
-	// Errors: ErrInvalid for a spec that can never work, ErrConflict when the id is in use, ErrUnavailable when the
-	// machine refuses. After an error nothing of the guest is left.
+	// Start makes a guest and runs spec.Args in it; it returns when the guest's first process runs. With spec.Checkpoint
+	// the guest goes on from there instead, see Spec. The checkpoint is only read: any number of guests can start from it,
+	// and it may be deleted once Start has returned.
+	// Errors: ErrInvalid for a spec that can never work or a damaged checkpoint, ErrUnsupported for a checkpoint that this
+	// engine or its version cannot read, ErrConflict when the id is in use, ErrUnavailable when the machine refuses. After
+	// an error nothing of the guest is left.
 	Start(ctx context.Context, spec Spec) error
 
 	// Stop ends a guest at once and frees what it held. Stopping what is not there is no error.
@@ -35,13 +38,61 @@ type Engine interface {
 
 	// Stats returns what the guest uses now. A guest that does not exist is ErrNotFound.
 	Stats(ctx context.Context, id sandbox.ID) (Stats, error)
+
+	// Save writes the guest's state of one moment into spec.Dir. When it returns without error, everything is flushed to
+	// the disk, and the guest goes on, or with spec.Hold stands still until Thaw or Stop. After an error the guest goes
+	// on as if nothing had been asked; what is in spec.Dir is then worthless. Should this process end in the middle, the
+	// guest is left running or standing still, never ended: Thaw or Stop decides.
+	// Errors: ErrNotFound, ErrUnsupported for a kind that the engine cannot save, ErrUnavailable for a full disk or a
+	// guest that does not stand still in time.
+	Save(ctx context.Context, id sandbox.ID, spec SaveSpec) (Saved, error)
+
+	// Thaw lets a guest that stands still go on. For one that runs it does nothing. ErrNotFound when it does not exist.
+	Thaw(ctx context.Context, id sandbox.ID) error
+}
+
+// SaveSpec says what Save writes, and where.
+type SaveSpec struct {
+	// Dir is an empty directory. Where it and the guest's scratch directory lie on one file system with reflinks, what the
+	// guest wrote to its disk is shared, not copied.
+	Dir  string
+	Kind SaveKind
+	// Hold leaves the guest standing still after success, so that nothing that it does is later than what was saved.
+	Hold bool
+}
+
+// SaveKind is what a Save keeps.
+type SaveKind string
+
+// The kinds.
+const (
+	// SaveMemory keeps memory, processes and what was written to the root. Start goes on from there: open files and
+	// listening sockets work, established TCP connections end, the clock is right, the network is that of the new spec.
+	SaveMemory SaveKind = "memory"
+	// SaveFiles keeps what was written to the root. Start runs its Args above these files.
+	SaveFiles SaveKind = "files"
+	// SaveLayer writes one file, LayerFile: what differs from the image, as a tar archive in the form of an OCI image's
+	// layer (uncompressed, whiteouts as .wh. files, names relative to the root). Start cannot go on from it.
+	SaveLayer SaveKind = "layer"
+)
+
+// LayerFile is the name of the only file of a SaveLayer.
+const LayerFile = "layer.tar"
+
+// Saved is what a Save has written.
+type Saved struct {
+	// Bytes is what the files in the directory occupy of their own; SharedBytes what they share with others.
+	Bytes, SharedBytes int64
+	// MemoryBytes is the part of it that is the guest's memory.
+	MemoryBytes int64
 }
 
 // Caps is what an engine can do; the API shows it.
 type Caps struct {
 	Name    string
 	Version string
-	// Capabilities are from a closed set: "disk_limit", "memory_limit", "cpu_limit", "cgroup_v1", "cgroup_v2", "kvm".
+	// Capabilities are from a closed set: "disk_limit", "memory_limit", "cpu_limit", "cgroup_v1", "cgroup_v2", "kvm",
+	// "save_memory", "save_files", "save_layer".
 	Capabilities []string
 }
 
@@ -59,8 +110,12 @@ type Spec struct {
 	Args []string
 	// Env is the first process's environment, as KEY=value.
 	Env []string
-	// Limits are enforced, and are what the guest sees as the size of its machine.
+	// Limits are enforced, and are what the guest sees as the size of its machine. With a Checkpoint of memory they must
+	// be those that it was made with.
 	Limits sandbox.Resources
+	// Checkpoint is a directory that Save has written with SaveMemory or SaveFiles; empty means a fresh start. RootFS must
+	// be the image that the saved guest ran from. After SaveMemory, Args, Env and Hostname are not used.
+	Checkpoint string
 }
 
 // Guest is one entry of List.
