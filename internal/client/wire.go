@@ -69,6 +69,13 @@ type Sandbox struct {
 	EndedAt       time.Time         `json:"ended_at,omitzero"`
 	Secure        bool              `json:"secure"`
 	AllowInternet bool              `json:"allow_internet"`
+	// AutoPause means that the timeout pauses the sandbox instead of ending it. "memory" or "files" is what that keeps.
+	AutoPause     bool   `json:"auto_pause,omitempty"`
+	AutoPauseKind string `json:"auto_pause_kind,omitempty"`
+	// PausedAt, PausedKind ("memory" or "files") and PausedBytes (on the disk) are set while it is paused.
+	PausedAt    time.Time `json:"paused_at,omitzero"`
+	PausedKind  string    `json:"paused_kind,omitempty"`
+	PausedBytes int64     `json:"paused_bytes,omitempty"`
 	// AccessToken opens the agent inside; only in the answer for one sandbox.
 	AccessToken string `json:"access_token,omitempty"`
 }
@@ -83,6 +90,9 @@ type CreateSandbox struct {
 	// MilliCPU, MemoryBytes and DiskBytes override the template's where they are not 0.
 	Resources     Resources `json:"resources,omitzero"`
 	AllowInternet *bool     `json:"allow_internet,omitempty"` // default true
+	// AutoPause has the timeout pause the sandbox instead of ending it; AutoPauseKind is "memory" (default) or "files".
+	AutoPause     bool   `json:"auto_pause,omitempty"`
+	AutoPauseKind string `json:"auto_pause_kind,omitempty"`
 }
 
 // LogEntry is one line of GET /v1/sandboxes/{id}/logs or of a build's log.
@@ -92,44 +102,6 @@ type LogEntry struct {
 	Logger  string            `json:"logger,omitempty"`
 	Message string            `json:"message"`
 	Fields  map[string]string `json:"fields,omitempty"`
-}
-
-// Template is one entry of GET /v1/templates, and GET /v1/templates/{id or name}.
-type Template struct {
-	ID          string    `json:"id"`
-	Names       []string  `json:"names"`
-	Resources   Resources `json:"resources"`
-	ImageDigest string    `json:"image_digest,omitempty"`
-	ImageBytes  int64     `json:"image_bytes,omitempty"`
-	Sources     []string  `json:"sources,omitempty"`
-	BuildID     string    `json:"build_id,omitempty"`
-	BuildState  string    `json:"build_state,omitempty"`
-	BuildError  string    `json:"build_error,omitempty"`
-	CreatedAt   time.Time `json:"created_at"`
-	UpdatedAt   time.Time `json:"updated_at"`
-}
-
-// CreateTemplate is the body of POST /v1/templates: make or rebuild a template from sources, tried in order. The answer
-// (202) is a Template whose build_id can be followed with GET /v1/builds/{id}.
-type CreateTemplate struct {
-	Name      string    `json:"name"`
-	Sources   []string  `json:"sources"`
-	Resources Resources `json:"resources,omitzero"`
-	Username  string    `json:"registry_username,omitempty"`
-	Password  string    `json:"registry_password,omitempty"`
-}
-
-// Build is GET /v1/builds/{id}?offset=N&wait=SECONDS.
-type Build struct {
-	ID          string     `json:"id"`
-	State       string     `json:"state"` // building, ready, failed
-	Step        string     `json:"step,omitempty"`
-	Progress    float64    `json:"progress"`
-	Entries     []LogEntry `json:"entries"`
-	Error       string     `json:"error,omitempty"`
-	ImageDigest string     `json:"image_digest,omitempty"`
-	ImageBytes  int64      `json:"image_bytes,omitempty"`
-	Source      string     `json:"source,omitempty"`
 }
 
 // Key is one entry of GET /v1/keys.

@@ -52,24 +52,14 @@ type Sandbox struct {
 	AllowInternet bool `json:"allow_internet"`
 	// GuestVersion is the version of the E2B agent contract that the agent inside reports.
 	GuestVersion string `json:"guest_version,omitempty"`
-}
-
-// Template is what sandboxes start from.
-type Template struct {
-	ID TemplateID `json:"id"`
-	// Names are the aliases that find the template, the first being its main one.
-	Names     []string  `json:"names"`
-	Resources Resources `json:"resources"`
-	// ImageDigest is the content address (sha256:...) of the root file system; empty until built.
-	ImageDigest string    `json:"image_digest,omitempty"`
-	ImageBytes  int64     `json:"image_bytes,omitempty"`
-	Sources     []string  `json:"sources,omitempty"`
-	BuildID     string    `json:"build_id,omitempty"`
-	BuildState  string    `json:"build_state,omitempty"`
-	BuildError  string    `json:"build_error,omitempty"`
-	Public      bool      `json:"public"`
-	CreatedAt   time.Time `json:"created_at"`
-	UpdatedAt   time.Time `json:"updated_at"`
+	// AutoPause means that the timeout pauses the sandbox instead of ending it; AutoPauseKind is what that keeps.
+	AutoPause     bool           `json:"auto_pause,omitempty"`
+	AutoPauseKind CheckpointKind `json:"auto_pause_kind,omitempty"`
+	// PausedAt is since when it is paused, PausedKind what was kept, and PausedBytes what that occupies on the disk; zero
+	// for one that is not paused.
+	PausedAt    time.Time      `json:"paused_at,omitzero"`
+	PausedKind  CheckpointKind `json:"paused_kind,omitempty"`
+	PausedBytes int64          `json:"paused_bytes,omitempty"`
 }
 
 // NodeState is what the cluster may ask of a node.

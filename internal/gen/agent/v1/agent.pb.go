@@ -25,6 +25,58 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+// CheckpointKind is what a checkpoint keeps.
+type CheckpointKind int32
+
+const (
+	CheckpointKind_CHECKPOINT_KIND_UNSPECIFIED CheckpointKind = 0
+	// Processes, memory and files.
+	CheckpointKind_CHECKPOINT_KIND_MEMORY CheckpointKind = 1
+	// Files: the sandbox boots anew from them.
+	CheckpointKind_CHECKPOINT_KIND_FILES CheckpointKind = 2
+)
+
+// Enum value maps for CheckpointKind.
+var (
+	CheckpointKind_name = map[int32]string{
+		0: "CHECKPOINT_KIND_UNSPECIFIED",
+		1: "CHECKPOINT_KIND_MEMORY",
+		2: "CHECKPOINT_KIND_FILES",
+	}
+	CheckpointKind_value = map[string]int32{
+		"CHECKPOINT_KIND_UNSPECIFIED": 0,
+		"CHECKPOINT_KIND_MEMORY":      1,
+		"CHECKPOINT_KIND_FILES":       2,
+	}
+)
+
+func (x CheckpointKind) Enum() *CheckpointKind {
+	p := new(CheckpointKind)
+	*p = x
+	return p
+}
+
+func (x CheckpointKind) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (CheckpointKind) Descriptor() protoreflect.EnumDescriptor {
+	return file_agent_v1_agent_proto_enumTypes[0].Descriptor()
+}
+
+func (CheckpointKind) Type() protoreflect.EnumType {
+	return &file_agent_v1_agent_proto_enumTypes[0]
+}
+
+func (x CheckpointKind) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use CheckpointKind.Descriptor instead.
+func (CheckpointKind) EnumDescriptor() ([]byte, []int) {
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{0}
+}
+
 type State int32
 
 const (
@@ -85,11 +137,11 @@ func (x State) String() string {
 }
 
 func (State) Descriptor() protoreflect.EnumDescriptor {
-	return file_agent_v1_agent_proto_enumTypes[0].Descriptor()
+	return file_agent_v1_agent_proto_enumTypes[1].Descriptor()
 }
 
 func (State) Type() protoreflect.EnumType {
-	return &file_agent_v1_agent_proto_enumTypes[0]
+	return &file_agent_v1_agent_proto_enumTypes[1]
 }
 
 func (x State) Number() protoreflect.EnumNumber {
@@ -98,7 +150,7 @@ func (x State) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use State.Descriptor instead.
 func (State) EnumDescriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{0}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{1}
 }
 
 type BuildState int32
@@ -137,11 +189,11 @@ func (x BuildState) String() string {
 }
 
 func (BuildState) Descriptor() protoreflect.EnumDescriptor {
-	return file_agent_v1_agent_proto_enumTypes[1].Descriptor()
+	return file_agent_v1_agent_proto_enumTypes[2].Descriptor()
 }
 
 func (BuildState) Type() protoreflect.EnumType {
-	return &file_agent_v1_agent_proto_enumTypes[1]
+	return &file_agent_v1_agent_proto_enumTypes[2]
 }
 
 func (x BuildState) Number() protoreflect.EnumNumber {
@@ -150,7 +202,1067 @@ func (x BuildState) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use BuildState.Descriptor instead.
 func (BuildState) EnumDescriptor() ([]byte, []int) {
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{2}
+}
+
+// Checkpoint is what a node keeps of one moment of a sandbox.
+type Checkpoint struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// 1 to 64 characters of a-z, 0-9 and '-', chosen by the caller: that of the build it belongs to.
+	Id   string         `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Kind CheckpointKind `protobuf:"varint,2,opt,name=kind,proto3,enum=agent.v1.CheckpointKind" json:"kind,omitempty"`
+	// The image that the sandbox ran from; the checkpoint is of no use without it.
+	ImageDigest string     `protobuf:"bytes,3,opt,name=image_digest,json=imageDigest,proto3" json:"image_digest,omitempty"`
+	Resources   *Resources `protobuf:"bytes,4,opt,name=resources,proto3" json:"resources,omitempty"`
+	// What it occupies on the disk.
+	Bytes     int64                  `protobuf:"varint,5,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	CreatedAt *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
+	// Empty for one that a template's build made.
+	SandboxId     string         `protobuf:"bytes,7,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
+	Guest         *GuestSettings `protobuf:"bytes,8,opt,name=guest,proto3" json:"guest,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Checkpoint) Reset() {
+	*x = Checkpoint{}
+	mi := &file_agent_v1_agent_proto_msgTypes[0]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Checkpoint) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Checkpoint) ProtoMessage() {}
+
+func (x *Checkpoint) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_v1_agent_proto_msgTypes[0]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Checkpoint.ProtoReflect.Descriptor instead.
+func (*Checkpoint) Descriptor() ([]byte, []int) {
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{0}
+}
+
+func (x *Checkpoint) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *Checkpoint) GetKind() CheckpointKind {
+	if x != nil {
+		return x.Kind
+	}
+	return CheckpointKind_CHECKPOINT_KIND_UNSPECIFIED
+}
+
+func (x *Checkpoint) GetImageDigest() string {
+	if x != nil {
+		return x.ImageDigest
+	}
+	return ""
+}
+
+func (x *Checkpoint) GetResources() *Resources {
+	if x != nil {
+		return x.Resources
+	}
+	return nil
+}
+
+func (x *Checkpoint) GetBytes() int64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+func (x *Checkpoint) GetCreatedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.CreatedAt
+	}
+	return nil
+}
+
+func (x *Checkpoint) GetSandboxId() string {
+	if x != nil {
+		return x.SandboxId
+	}
+	return ""
+}
+
+func (x *Checkpoint) GetGuest() *GuestSettings {
+	if x != nil {
+		return x.Guest
+	}
+	return nil
+}
+
+// GuestSettings is what every process of a sandbox starts with.
+type GuestSettings struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Env   map[string]string      `protobuf:"bytes,1,rep,name=env,proto3" json:"env,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// Empty means "user".
+	User string `protobuf:"bytes,2,opt,name=user,proto3" json:"user,omitempty"`
+	// Empty means the user's home.
+	Workdir       string `protobuf:"bytes,3,opt,name=workdir,proto3" json:"workdir,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GuestSettings) Reset() {
+	*x = GuestSettings{}
+	mi := &file_agent_v1_agent_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GuestSettings) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GuestSettings) ProtoMessage() {}
+
+func (x *GuestSettings) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_v1_agent_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GuestSettings.ProtoReflect.Descriptor instead.
+func (*GuestSettings) Descriptor() ([]byte, []int) {
 	return file_agent_v1_agent_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *GuestSettings) GetEnv() map[string]string {
+	if x != nil {
+		return x.Env
+	}
+	return nil
+}
+
+func (x *GuestSettings) GetUser() string {
+	if x != nil {
+		return x.User
+	}
+	return ""
+}
+
+func (x *GuestSettings) GetWorkdir() string {
+	if x != nil {
+		return x.Workdir
+	}
+	return ""
+}
+
+type PauseRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// Unspecified means memory.
+	Kind          CheckpointKind `protobuf:"varint,2,opt,name=kind,proto3,enum=agent.v1.CheckpointKind" json:"kind,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PauseRequest) Reset() {
+	*x = PauseRequest{}
+	mi := &file_agent_v1_agent_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PauseRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PauseRequest) ProtoMessage() {}
+
+func (x *PauseRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_v1_agent_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PauseRequest.ProtoReflect.Descriptor instead.
+func (*PauseRequest) Descriptor() ([]byte, []int) {
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *PauseRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *PauseRequest) GetKind() CheckpointKind {
+	if x != nil {
+		return x.Kind
+	}
+	return CheckpointKind_CHECKPOINT_KIND_UNSPECIFIED
+}
+
+type PauseResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Sandbox       *Sandbox               `protobuf:"bytes,1,opt,name=sandbox,proto3" json:"sandbox,omitempty"`
+	Load          *Load                  `protobuf:"bytes,2,opt,name=load,proto3" json:"load,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PauseResponse) Reset() {
+	*x = PauseResponse{}
+	mi := &file_agent_v1_agent_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PauseResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PauseResponse) ProtoMessage() {}
+
+func (x *PauseResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_v1_agent_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PauseResponse.ProtoReflect.Descriptor instead.
+func (*PauseResponse) Descriptor() ([]byte, []int) {
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *PauseResponse) GetSandbox() *Sandbox {
+	if x != nil {
+		return x.Sandbox
+	}
+	return nil
+}
+
+func (x *PauseResponse) GetLoad() *Load {
+	if x != nil {
+		return x.Load
+	}
+	return nil
+}
+
+type ResumeRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// From now. Unset means never.
+	Timeout *durationpb.Duration `protobuf:"bytes,2,opt,name=timeout,proto3" json:"timeout,omitempty"`
+	// Of one that runs: only ever move the end later.
+	ExtendOnly bool `protobuf:"varint,3,opt,name=extend_only,json=extendOnly,proto3" json:"extend_only,omitempty"`
+	// Boot anew from the files. UNIMPLEMENTED for a sandbox whose memory was kept.
+	Cold bool `protobuf:"varint,4,opt,name=cold,proto3" json:"cold,omitempty"`
+	// Where it is set, what the timeout does from now on.
+	AutoPause     *bool `protobuf:"varint,5,opt,name=auto_pause,json=autoPause,proto3,oneof" json:"auto_pause,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ResumeRequest) Reset() {
+	*x = ResumeRequest{}
+	mi := &file_agent_v1_agent_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ResumeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ResumeRequest) ProtoMessage() {}
+
+func (x *ResumeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_v1_agent_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ResumeRequest.ProtoReflect.Descriptor instead.
+func (*ResumeRequest) Descriptor() ([]byte, []int) {
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *ResumeRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ResumeRequest) GetTimeout() *durationpb.Duration {
+	if x != nil {
+		return x.Timeout
+	}
+	return nil
+}
+
+func (x *ResumeRequest) GetExtendOnly() bool {
+	if x != nil {
+		return x.ExtendOnly
+	}
+	return false
+}
+
+func (x *ResumeRequest) GetCold() bool {
+	if x != nil {
+		return x.Cold
+	}
+	return false
+}
+
+func (x *ResumeRequest) GetAutoPause() bool {
+	if x != nil && x.AutoPause != nil {
+		return *x.AutoPause
+	}
+	return false
+}
+
+type ResumeResponse struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Sandbox *Sandbox               `protobuf:"bytes,1,opt,name=sandbox,proto3" json:"sandbox,omitempty"`
+	Load    *Load                  `protobuf:"bytes,2,opt,name=load,proto3" json:"load,omitempty"`
+	// It was paused, and this call made it run.
+	Resumed       bool `protobuf:"varint,3,opt,name=resumed,proto3" json:"resumed,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ResumeResponse) Reset() {
+	*x = ResumeResponse{}
+	mi := &file_agent_v1_agent_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ResumeResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ResumeResponse) ProtoMessage() {}
+
+func (x *ResumeResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_v1_agent_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ResumeResponse.ProtoReflect.Descriptor instead.
+func (*ResumeResponse) Descriptor() ([]byte, []int) {
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *ResumeResponse) GetSandbox() *Sandbox {
+	if x != nil {
+		return x.Sandbox
+	}
+	return nil
+}
+
+func (x *ResumeResponse) GetLoad() *Load {
+	if x != nil {
+		return x.Load
+	}
+	return nil
+}
+
+func (x *ResumeResponse) GetResumed() bool {
+	if x != nil {
+		return x.Resumed
+	}
+	return false
+}
+
+type SnapshotRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	CheckpointId  string                 `protobuf:"bytes,2,opt,name=checkpoint_id,json=checkpointId,proto3" json:"checkpoint_id,omitempty"`
+	Kind          CheckpointKind         `protobuf:"varint,3,opt,name=kind,proto3,enum=agent.v1.CheckpointKind" json:"kind,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SnapshotRequest) Reset() {
+	*x = SnapshotRequest{}
+	mi := &file_agent_v1_agent_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SnapshotRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SnapshotRequest) ProtoMessage() {}
+
+func (x *SnapshotRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_v1_agent_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SnapshotRequest.ProtoReflect.Descriptor instead.
+func (*SnapshotRequest) Descriptor() ([]byte, []int) {
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *SnapshotRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *SnapshotRequest) GetCheckpointId() string {
+	if x != nil {
+		return x.CheckpointId
+	}
+	return ""
+}
+
+func (x *SnapshotRequest) GetKind() CheckpointKind {
+	if x != nil {
+		return x.Kind
+	}
+	return CheckpointKind_CHECKPOINT_KIND_UNSPECIFIED
+}
+
+type SnapshotResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Checkpoint    *Checkpoint            `protobuf:"bytes,1,opt,name=checkpoint,proto3" json:"checkpoint,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SnapshotResponse) Reset() {
+	*x = SnapshotResponse{}
+	mi := &file_agent_v1_agent_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SnapshotResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SnapshotResponse) ProtoMessage() {}
+
+func (x *SnapshotResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_v1_agent_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SnapshotResponse.ProtoReflect.Descriptor instead.
+func (*SnapshotResponse) Descriptor() ([]byte, []int) {
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *SnapshotResponse) GetCheckpoint() *Checkpoint {
+	if x != nil {
+		return x.Checkpoint
+	}
+	return nil
+}
+
+type RollbackRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	CheckpointId  string                 `protobuf:"bytes,2,opt,name=checkpoint_id,json=checkpointId,proto3" json:"checkpoint_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RollbackRequest) Reset() {
+	*x = RollbackRequest{}
+	mi := &file_agent_v1_agent_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RollbackRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RollbackRequest) ProtoMessage() {}
+
+func (x *RollbackRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_v1_agent_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RollbackRequest.ProtoReflect.Descriptor instead.
+func (*RollbackRequest) Descriptor() ([]byte, []int) {
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *RollbackRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *RollbackRequest) GetCheckpointId() string {
+	if x != nil {
+		return x.CheckpointId
+	}
+	return ""
+}
+
+type RollbackResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Sandbox       *Sandbox               `protobuf:"bytes,1,opt,name=sandbox,proto3" json:"sandbox,omitempty"`
+	Load          *Load                  `protobuf:"bytes,2,opt,name=load,proto3" json:"load,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RollbackResponse) Reset() {
+	*x = RollbackResponse{}
+	mi := &file_agent_v1_agent_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RollbackResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RollbackResponse) ProtoMessage() {}
+
+func (x *RollbackResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_v1_agent_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RollbackResponse.ProtoReflect.Descriptor instead.
+func (*RollbackResponse) Descriptor() ([]byte, []int) {
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *RollbackResponse) GetSandbox() *Sandbox {
+	if x != nil {
+		return x.Sandbox
+	}
+	return nil
+}
+
+func (x *RollbackResponse) GetLoad() *Load {
+	if x != nil {
+		return x.Load
+	}
+	return nil
+}
+
+type RemoveCheckpointRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	CheckpointId  string                 `protobuf:"bytes,1,opt,name=checkpoint_id,json=checkpointId,proto3" json:"checkpoint_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveCheckpointRequest) Reset() {
+	*x = RemoveCheckpointRequest{}
+	mi := &file_agent_v1_agent_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveCheckpointRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveCheckpointRequest) ProtoMessage() {}
+
+func (x *RemoveCheckpointRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_v1_agent_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveCheckpointRequest.ProtoReflect.Descriptor instead.
+func (*RemoveCheckpointRequest) Descriptor() ([]byte, []int) {
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *RemoveCheckpointRequest) GetCheckpointId() string {
+	if x != nil {
+		return x.CheckpointId
+	}
+	return ""
+}
+
+type RemoveCheckpointResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveCheckpointResponse) Reset() {
+	*x = RemoveCheckpointResponse{}
+	mi := &file_agent_v1_agent_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveCheckpointResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveCheckpointResponse) ProtoMessage() {}
+
+func (x *RemoveCheckpointResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_v1_agent_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveCheckpointResponse.ProtoReflect.Descriptor instead.
+func (*RemoveCheckpointResponse) Descriptor() ([]byte, []int) {
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{11}
+}
+
+type CancelBuildRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	BuildId       string                 `protobuf:"bytes,1,opt,name=build_id,json=buildId,proto3" json:"build_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CancelBuildRequest) Reset() {
+	*x = CancelBuildRequest{}
+	mi := &file_agent_v1_agent_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CancelBuildRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CancelBuildRequest) ProtoMessage() {}
+
+func (x *CancelBuildRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_v1_agent_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CancelBuildRequest.ProtoReflect.Descriptor instead.
+func (*CancelBuildRequest) Descriptor() ([]byte, []int) {
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *CancelBuildRequest) GetBuildId() string {
+	if x != nil {
+		return x.BuildId
+	}
+	return ""
+}
+
+type CancelBuildResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CancelBuildResponse) Reset() {
+	*x = CancelBuildResponse{}
+	mi := &file_agent_v1_agent_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CancelBuildResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CancelBuildResponse) ProtoMessage() {}
+
+func (x *CancelBuildResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_v1_agent_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CancelBuildResponse.ProtoReflect.Descriptor instead.
+func (*CancelBuildResponse) Descriptor() ([]byte, []int) {
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{13}
+}
+
+type PutFileRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Names the file: 1 to 128 characters of a-z, 0-9 and '-'.
+	Hash string `protobuf:"bytes,1,opt,name=hash,proto3" json:"hash,omitempty"`
+	// Where data belongs; it must be the present size.
+	Offset int64  `protobuf:"varint,2,opt,name=offset,proto3" json:"offset,omitempty"`
+	Data   []byte `protobuf:"bytes,3,opt,name=data,proto3" json:"data,omitempty"`
+	// This is the last part.
+	Complete      bool `protobuf:"varint,4,opt,name=complete,proto3" json:"complete,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PutFileRequest) Reset() {
+	*x = PutFileRequest{}
+	mi := &file_agent_v1_agent_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PutFileRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PutFileRequest) ProtoMessage() {}
+
+func (x *PutFileRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_v1_agent_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PutFileRequest.ProtoReflect.Descriptor instead.
+func (*PutFileRequest) Descriptor() ([]byte, []int) {
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *PutFileRequest) GetHash() string {
+	if x != nil {
+		return x.Hash
+	}
+	return ""
+}
+
+func (x *PutFileRequest) GetOffset() int64 {
+	if x != nil {
+		return x.Offset
+	}
+	return 0
+}
+
+func (x *PutFileRequest) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
+func (x *PutFileRequest) GetComplete() bool {
+	if x != nil {
+		return x.Complete
+	}
+	return false
+}
+
+type PutFileResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// How much of the file is there.
+	Bytes         int64 `protobuf:"varint,1,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	Complete      bool  `protobuf:"varint,2,opt,name=complete,proto3" json:"complete,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PutFileResponse) Reset() {
+	*x = PutFileResponse{}
+	mi := &file_agent_v1_agent_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PutFileResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PutFileResponse) ProtoMessage() {}
+
+func (x *PutFileResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_v1_agent_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PutFileResponse.ProtoReflect.Descriptor instead.
+func (*PutFileResponse) Descriptor() ([]byte, []int) {
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *PutFileResponse) GetBytes() int64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+func (x *PutFileResponse) GetComplete() bool {
+	if x != nil {
+		return x.Complete
+	}
+	return false
+}
+
+type PushRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Chosen by the caller, as in BuildRequest.
+	BuildId     string `protobuf:"bytes,1,opt,name=build_id,json=buildId,proto3" json:"build_id,omitempty"`
+	TemplateId  string `protobuf:"bytes,2,opt,name=template_id,json=templateId,proto3" json:"template_id,omitempty"`
+	ImageDigest string `protobuf:"bytes,3,opt,name=image_digest,json=imageDigest,proto3" json:"image_digest,omitempty"`
+	// A registry reference, oci:PATH or docker-archive:PATH.
+	Destination      string         `protobuf:"bytes,4,opt,name=destination,proto3" json:"destination,omitempty"`
+	RegistryUsername string         `protobuf:"bytes,5,opt,name=registry_username,json=registryUsername,proto3" json:"registry_username,omitempty"`
+	RegistryPassword string         `protobuf:"bytes,6,opt,name=registry_password,json=registryPassword,proto3" json:"registry_password,omitempty"`
+	Guest            *GuestSettings `protobuf:"bytes,7,opt,name=guest,proto3" json:"guest,omitempty"`
+	StartCommand     string         `protobuf:"bytes,8,opt,name=start_command,json=startCommand,proto3" json:"start_command,omitempty"`
+	ReadyCommand     string         `protobuf:"bytes,9,opt,name=ready_command,json=readyCommand,proto3" json:"ready_command,omitempty"`
+	Resources        *Resources     `protobuf:"bytes,10,opt,name=resources,proto3" json:"resources,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
+}
+
+func (x *PushRequest) Reset() {
+	*x = PushRequest{}
+	mi := &file_agent_v1_agent_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PushRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PushRequest) ProtoMessage() {}
+
+func (x *PushRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_v1_agent_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PushRequest.ProtoReflect.Descriptor instead.
+func (*PushRequest) Descriptor() ([]byte, []int) {
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *PushRequest) GetBuildId() string {
+	if x != nil {
+		return x.BuildId
+	}
+	return ""
+}
+
+func (x *PushRequest) GetTemplateId() string {
+	if x != nil {
+		return x.TemplateId
+	}
+	return ""
+}
+
+func (x *PushRequest) GetImageDigest() string {
+	if x != nil {
+		return x.ImageDigest
+	}
+	return ""
+}
+
+func (x *PushRequest) GetDestination() string {
+	if x != nil {
+		return x.Destination
+	}
+	return ""
+}
+
+func (x *PushRequest) GetRegistryUsername() string {
+	if x != nil {
+		return x.RegistryUsername
+	}
+	return ""
+}
+
+func (x *PushRequest) GetRegistryPassword() string {
+	if x != nil {
+		return x.RegistryPassword
+	}
+	return ""
+}
+
+func (x *PushRequest) GetGuest() *GuestSettings {
+	if x != nil {
+		return x.Guest
+	}
+	return nil
+}
+
+func (x *PushRequest) GetStartCommand() string {
+	if x != nil {
+		return x.StartCommand
+	}
+	return ""
+}
+
+func (x *PushRequest) GetReadyCommand() string {
+	if x != nil {
+		return x.ReadyCommand
+	}
+	return ""
+}
+
+func (x *PushRequest) GetResources() *Resources {
+	if x != nil {
+		return x.Resources
+	}
+	return nil
+}
+
+type PushResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PushResponse) Reset() {
+	*x = PushResponse{}
+	mi := &file_agent_v1_agent_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PushResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PushResponse) ProtoMessage() {}
+
+func (x *PushResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_v1_agent_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PushResponse.ProtoReflect.Descriptor instead.
+func (*PushResponse) Descriptor() ([]byte, []int) {
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{17}
 }
 
 type Resources struct {
@@ -164,7 +1276,7 @@ type Resources struct {
 
 func (x *Resources) Reset() {
 	*x = Resources{}
-	mi := &file_agent_v1_agent_proto_msgTypes[0]
+	mi := &file_agent_v1_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -176,7 +1288,7 @@ func (x *Resources) String() string {
 func (*Resources) ProtoMessage() {}
 
 func (x *Resources) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[0]
+	mi := &file_agent_v1_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -189,7 +1301,7 @@ func (x *Resources) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Resources.ProtoReflect.Descriptor instead.
 func (*Resources) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{0}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Resources) GetMilliCpu() int64 {
@@ -234,13 +1346,21 @@ type Sandbox struct {
 	AllowInternet bool                   `protobuf:"varint,13,opt,name=allow_internet,json=allowInternet,proto3" json:"allow_internet,omitempty"`
 	GuestVersion  string                 `protobuf:"bytes,14,opt,name=guest_version,json=guestVersion,proto3" json:"guest_version,omitempty"`
 	EndedAt       *timestamppb.Timestamp `protobuf:"bytes,15,opt,name=ended_at,json=endedAt,proto3" json:"ended_at,omitempty"`
+	// At its end it is paused instead of killed.
+	AutoPause bool `protobuf:"varint,16,opt,name=auto_pause,json=autoPause,proto3" json:"auto_pause,omitempty"`
+	// What the pause at its end keeps.
+	AutoPauseKind CheckpointKind `protobuf:"varint,17,opt,name=auto_pause_kind,json=autoPauseKind,proto3,enum=agent.v1.CheckpointKind" json:"auto_pause_kind,omitempty"`
+	// Of a paused one: since when, what was kept, and what it occupies on the disk.
+	PausedAt      *timestamppb.Timestamp `protobuf:"bytes,18,opt,name=paused_at,json=pausedAt,proto3" json:"paused_at,omitempty"`
+	PausedKind    CheckpointKind         `protobuf:"varint,19,opt,name=paused_kind,json=pausedKind,proto3,enum=agent.v1.CheckpointKind" json:"paused_kind,omitempty"`
+	PausedBytes   int64                  `protobuf:"varint,20,opt,name=paused_bytes,json=pausedBytes,proto3" json:"paused_bytes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Sandbox) Reset() {
 	*x = Sandbox{}
-	mi := &file_agent_v1_agent_proto_msgTypes[1]
+	mi := &file_agent_v1_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -252,7 +1372,7 @@ func (x *Sandbox) String() string {
 func (*Sandbox) ProtoMessage() {}
 
 func (x *Sandbox) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[1]
+	mi := &file_agent_v1_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -265,7 +1385,7 @@ func (x *Sandbox) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Sandbox.ProtoReflect.Descriptor instead.
 func (*Sandbox) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{1}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Sandbox) GetId() string {
@@ -373,6 +1493,41 @@ func (x *Sandbox) GetEndedAt() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *Sandbox) GetAutoPause() bool {
+	if x != nil {
+		return x.AutoPause
+	}
+	return false
+}
+
+func (x *Sandbox) GetAutoPauseKind() CheckpointKind {
+	if x != nil {
+		return x.AutoPauseKind
+	}
+	return CheckpointKind_CHECKPOINT_KIND_UNSPECIFIED
+}
+
+func (x *Sandbox) GetPausedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.PausedAt
+	}
+	return nil
+}
+
+func (x *Sandbox) GetPausedKind() CheckpointKind {
+	if x != nil {
+		return x.PausedKind
+	}
+	return CheckpointKind_CHECKPOINT_KIND_UNSPECIFIED
+}
+
+func (x *Sandbox) GetPausedBytes() int64 {
+	if x != nil {
+		return x.PausedBytes
+	}
+	return 0
+}
+
 type CreateRequest struct {
 	state        protoimpl.MessageState `protogen:"open.v1"`
 	TemplateId   string                 `protobuf:"bytes,1,opt,name=template_id,json=templateId,proto3" json:"template_id,omitempty"`
@@ -389,14 +1544,19 @@ type CreateRequest struct {
 	AllowInternet  bool   `protobuf:"varint,9,opt,name=allow_internet,json=allowInternet,proto3" json:"allow_internet,omitempty"`
 	IdempotencyKey string `protobuf:"bytes,10,opt,name=idempotency_key,json=idempotencyKey,proto3" json:"idempotency_key,omitempty"`
 	// The resources are not those of the template: a size that may never be asked for again.
-	CustomSize    bool `protobuf:"varint,11,opt,name=custom_size,json=customSize,proto3" json:"custom_size,omitempty"`
+	CustomSize bool `protobuf:"varint,11,opt,name=custom_size,json=customSize,proto3" json:"custom_size,omitempty"`
+	// Go on from this checkpoint of the node; NOT_FOUND where it has none of that id. The resources must be its own.
+	CheckpointId  string         `protobuf:"bytes,12,opt,name=checkpoint_id,json=checkpointId,proto3" json:"checkpoint_id,omitempty"`
+	Guest         *GuestSettings `protobuf:"bytes,13,opt,name=guest,proto3" json:"guest,omitempty"`
+	AutoPause     bool           `protobuf:"varint,14,opt,name=auto_pause,json=autoPause,proto3" json:"auto_pause,omitempty"`
+	AutoPauseKind CheckpointKind `protobuf:"varint,15,opt,name=auto_pause_kind,json=autoPauseKind,proto3,enum=agent.v1.CheckpointKind" json:"auto_pause_kind,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *CreateRequest) Reset() {
 	*x = CreateRequest{}
-	mi := &file_agent_v1_agent_proto_msgTypes[2]
+	mi := &file_agent_v1_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -408,7 +1568,7 @@ func (x *CreateRequest) String() string {
 func (*CreateRequest) ProtoMessage() {}
 
 func (x *CreateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[2]
+	mi := &file_agent_v1_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -421,7 +1581,7 @@ func (x *CreateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateRequest.ProtoReflect.Descriptor instead.
 func (*CreateRequest) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{2}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *CreateRequest) GetTemplateId() string {
@@ -501,6 +1661,34 @@ func (x *CreateRequest) GetCustomSize() bool {
 	return false
 }
 
+func (x *CreateRequest) GetCheckpointId() string {
+	if x != nil {
+		return x.CheckpointId
+	}
+	return ""
+}
+
+func (x *CreateRequest) GetGuest() *GuestSettings {
+	if x != nil {
+		return x.Guest
+	}
+	return nil
+}
+
+func (x *CreateRequest) GetAutoPause() bool {
+	if x != nil {
+		return x.AutoPause
+	}
+	return false
+}
+
+func (x *CreateRequest) GetAutoPauseKind() CheckpointKind {
+	if x != nil {
+		return x.AutoPauseKind
+	}
+	return CheckpointKind_CHECKPOINT_KIND_UNSPECIFIED
+}
+
 type CreateResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Sandbox       *Sandbox               `protobuf:"bytes,1,opt,name=sandbox,proto3" json:"sandbox,omitempty"`
@@ -511,7 +1699,7 @@ type CreateResponse struct {
 
 func (x *CreateResponse) Reset() {
 	*x = CreateResponse{}
-	mi := &file_agent_v1_agent_proto_msgTypes[3]
+	mi := &file_agent_v1_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -523,7 +1711,7 @@ func (x *CreateResponse) String() string {
 func (*CreateResponse) ProtoMessage() {}
 
 func (x *CreateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[3]
+	mi := &file_agent_v1_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -536,7 +1724,7 @@ func (x *CreateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateResponse.ProtoReflect.Descriptor instead.
 func (*CreateResponse) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{3}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *CreateResponse) GetSandbox() *Sandbox {
@@ -562,7 +1750,7 @@ type GetRequest struct {
 
 func (x *GetRequest) Reset() {
 	*x = GetRequest{}
-	mi := &file_agent_v1_agent_proto_msgTypes[4]
+	mi := &file_agent_v1_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -574,7 +1762,7 @@ func (x *GetRequest) String() string {
 func (*GetRequest) ProtoMessage() {}
 
 func (x *GetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[4]
+	mi := &file_agent_v1_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -587,7 +1775,7 @@ func (x *GetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetRequest.ProtoReflect.Descriptor instead.
 func (*GetRequest) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{4}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *GetRequest) GetId() string {
@@ -606,7 +1794,7 @@ type GetResponse struct {
 
 func (x *GetResponse) Reset() {
 	*x = GetResponse{}
-	mi := &file_agent_v1_agent_proto_msgTypes[5]
+	mi := &file_agent_v1_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -618,7 +1806,7 @@ func (x *GetResponse) String() string {
 func (*GetResponse) ProtoMessage() {}
 
 func (x *GetResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[5]
+	mi := &file_agent_v1_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -631,7 +1819,7 @@ func (x *GetResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetResponse.ProtoReflect.Descriptor instead.
 func (*GetResponse) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{5}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *GetResponse) GetSandbox() *Sandbox {
@@ -651,7 +1839,7 @@ type KillRequest struct {
 
 func (x *KillRequest) Reset() {
 	*x = KillRequest{}
-	mi := &file_agent_v1_agent_proto_msgTypes[6]
+	mi := &file_agent_v1_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -663,7 +1851,7 @@ func (x *KillRequest) String() string {
 func (*KillRequest) ProtoMessage() {}
 
 func (x *KillRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[6]
+	mi := &file_agent_v1_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -676,7 +1864,7 @@ func (x *KillRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KillRequest.ProtoReflect.Descriptor instead.
 func (*KillRequest) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{6}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *KillRequest) GetId() string {
@@ -701,7 +1889,7 @@ type KillResponse struct {
 
 func (x *KillResponse) Reset() {
 	*x = KillResponse{}
-	mi := &file_agent_v1_agent_proto_msgTypes[7]
+	mi := &file_agent_v1_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -713,7 +1901,7 @@ func (x *KillResponse) String() string {
 func (*KillResponse) ProtoMessage() {}
 
 func (x *KillResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[7]
+	mi := &file_agent_v1_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -726,7 +1914,7 @@ func (x *KillResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KillResponse.ProtoReflect.Descriptor instead.
 func (*KillResponse) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{7}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{25}
 }
 
 type SetTimeoutRequest struct {
@@ -742,7 +1930,7 @@ type SetTimeoutRequest struct {
 
 func (x *SetTimeoutRequest) Reset() {
 	*x = SetTimeoutRequest{}
-	mi := &file_agent_v1_agent_proto_msgTypes[8]
+	mi := &file_agent_v1_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -754,7 +1942,7 @@ func (x *SetTimeoutRequest) String() string {
 func (*SetTimeoutRequest) ProtoMessage() {}
 
 func (x *SetTimeoutRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[8]
+	mi := &file_agent_v1_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -767,7 +1955,7 @@ func (x *SetTimeoutRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetTimeoutRequest.ProtoReflect.Descriptor instead.
 func (*SetTimeoutRequest) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{8}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *SetTimeoutRequest) GetId() string {
@@ -800,7 +1988,7 @@ type SetTimeoutResponse struct {
 
 func (x *SetTimeoutResponse) Reset() {
 	*x = SetTimeoutResponse{}
-	mi := &file_agent_v1_agent_proto_msgTypes[9]
+	mi := &file_agent_v1_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -812,7 +2000,7 @@ func (x *SetTimeoutResponse) String() string {
 func (*SetTimeoutResponse) ProtoMessage() {}
 
 func (x *SetTimeoutResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[9]
+	mi := &file_agent_v1_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -825,7 +2013,7 @@ func (x *SetTimeoutResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetTimeoutResponse.ProtoReflect.Descriptor instead.
 func (*SetTimeoutResponse) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{9}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *SetTimeoutResponse) GetSandbox() *Sandbox {
@@ -846,7 +2034,7 @@ type MetricsRequest struct {
 
 func (x *MetricsRequest) Reset() {
 	*x = MetricsRequest{}
-	mi := &file_agent_v1_agent_proto_msgTypes[10]
+	mi := &file_agent_v1_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -858,7 +2046,7 @@ func (x *MetricsRequest) String() string {
 func (*MetricsRequest) ProtoMessage() {}
 
 func (x *MetricsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[10]
+	mi := &file_agent_v1_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -871,7 +2059,7 @@ func (x *MetricsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MetricsRequest.ProtoReflect.Descriptor instead.
 func (*MetricsRequest) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{10}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *MetricsRequest) GetId() string {
@@ -912,7 +2100,7 @@ type MetricSample struct {
 
 func (x *MetricSample) Reset() {
 	*x = MetricSample{}
-	mi := &file_agent_v1_agent_proto_msgTypes[11]
+	mi := &file_agent_v1_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -924,7 +2112,7 @@ func (x *MetricSample) String() string {
 func (*MetricSample) ProtoMessage() {}
 
 func (x *MetricSample) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[11]
+	mi := &file_agent_v1_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -937,7 +2125,7 @@ func (x *MetricSample) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MetricSample.ProtoReflect.Descriptor instead.
 func (*MetricSample) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{11}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *MetricSample) GetTime() *timestamppb.Timestamp {
@@ -1005,7 +2193,7 @@ type MetricsResponse struct {
 
 func (x *MetricsResponse) Reset() {
 	*x = MetricsResponse{}
-	mi := &file_agent_v1_agent_proto_msgTypes[12]
+	mi := &file_agent_v1_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1017,7 +2205,7 @@ func (x *MetricsResponse) String() string {
 func (*MetricsResponse) ProtoMessage() {}
 
 func (x *MetricsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[12]
+	mi := &file_agent_v1_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1030,7 +2218,7 @@ func (x *MetricsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MetricsResponse.ProtoReflect.Descriptor instead.
 func (*MetricsResponse) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{12}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *MetricsResponse) GetSamples() []*MetricSample {
@@ -1051,7 +2239,7 @@ type LogsRequest struct {
 
 func (x *LogsRequest) Reset() {
 	*x = LogsRequest{}
-	mi := &file_agent_v1_agent_proto_msgTypes[13]
+	mi := &file_agent_v1_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1063,7 +2251,7 @@ func (x *LogsRequest) String() string {
 func (*LogsRequest) ProtoMessage() {}
 
 func (x *LogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[13]
+	mi := &file_agent_v1_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1076,7 +2264,7 @@ func (x *LogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsRequest.ProtoReflect.Descriptor instead.
 func (*LogsRequest) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{13}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *LogsRequest) GetId() string {
@@ -1114,7 +2302,7 @@ type LogEntry struct {
 
 func (x *LogEntry) Reset() {
 	*x = LogEntry{}
-	mi := &file_agent_v1_agent_proto_msgTypes[14]
+	mi := &file_agent_v1_agent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1126,7 +2314,7 @@ func (x *LogEntry) String() string {
 func (*LogEntry) ProtoMessage() {}
 
 func (x *LogEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[14]
+	mi := &file_agent_v1_agent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1139,7 +2327,7 @@ func (x *LogEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogEntry.ProtoReflect.Descriptor instead.
 func (*LogEntry) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{14}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *LogEntry) GetTime() *timestamppb.Timestamp {
@@ -1186,7 +2374,7 @@ type LogsResponse struct {
 
 func (x *LogsResponse) Reset() {
 	*x = LogsResponse{}
-	mi := &file_agent_v1_agent_proto_msgTypes[15]
+	mi := &file_agent_v1_agent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1198,7 +2386,7 @@ func (x *LogsResponse) String() string {
 func (*LogsResponse) ProtoMessage() {}
 
 func (x *LogsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[15]
+	mi := &file_agent_v1_agent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1211,7 +2399,7 @@ func (x *LogsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsResponse.ProtoReflect.Descriptor instead.
 func (*LogsResponse) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{15}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *LogsResponse) GetEntries() []*LogEntry {
@@ -1228,13 +2416,27 @@ type BuildRequest struct {
 	Sources          []string `protobuf:"bytes,2,rep,name=sources,proto3" json:"sources,omitempty"`
 	RegistryUsername string   `protobuf:"bytes,3,opt,name=registry_username,json=registryUsername,proto3" json:"registry_username,omitempty"`
 	RegistryPassword string   `protobuf:"bytes,4,opt,name=registry_password,json=registryPassword,proto3" json:"registry_password,omitempty"`
-	unknownFields    protoimpl.UnknownFields
-	sizeCache        protoimpl.SizeCache
+	// A UUID chosen by the caller; empty lets the node choose.
+	BuildId string `protobuf:"bytes,5,opt,name=build_id,json=buildId,proto3" json:"build_id,omitempty"`
+	// Start from this image of the node instead of sources, with these settings.
+	BaseImageDigest string         `protobuf:"bytes,6,opt,name=base_image_digest,json=baseImageDigest,proto3" json:"base_image_digest,omitempty"`
+	BaseGuest       *GuestSettings `protobuf:"bytes,7,opt,name=base_guest,json=baseGuest,proto3" json:"base_guest,omitempty"`
+	Steps           []*BuildStep   `protobuf:"bytes,8,rep,name=steps,proto3" json:"steps,omitempty"`
+	// Runs in the background when everything else is done; the template is then a checkpoint of its processes.
+	StartCommand string `protobuf:"bytes,9,opt,name=start_command,json=startCommand,proto3" json:"start_command,omitempty"`
+	// Tried until it succeeds, after the start command; empty means that a moment is waited for.
+	ReadyCommand string `protobuf:"bytes,10,opt,name=ready_command,json=readyCommand,proto3" json:"ready_command,omitempty"`
+	// Of sandboxes from the template, and of those that the steps run in.
+	Resources *Resources `protobuf:"bytes,11,opt,name=resources,proto3" json:"resources,omitempty"`
+	// Use nothing from the step cache.
+	Force         bool `protobuf:"varint,12,opt,name=force,proto3" json:"force,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *BuildRequest) Reset() {
 	*x = BuildRequest{}
-	mi := &file_agent_v1_agent_proto_msgTypes[16]
+	mi := &file_agent_v1_agent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1246,7 +2448,7 @@ func (x *BuildRequest) String() string {
 func (*BuildRequest) ProtoMessage() {}
 
 func (x *BuildRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[16]
+	mi := &file_agent_v1_agent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1259,7 +2461,7 @@ func (x *BuildRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildRequest.ProtoReflect.Descriptor instead.
 func (*BuildRequest) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{16}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *BuildRequest) GetTemplateId() string {
@@ -1290,6 +2492,132 @@ func (x *BuildRequest) GetRegistryPassword() string {
 	return ""
 }
 
+func (x *BuildRequest) GetBuildId() string {
+	if x != nil {
+		return x.BuildId
+	}
+	return ""
+}
+
+func (x *BuildRequest) GetBaseImageDigest() string {
+	if x != nil {
+		return x.BaseImageDigest
+	}
+	return ""
+}
+
+func (x *BuildRequest) GetBaseGuest() *GuestSettings {
+	if x != nil {
+		return x.BaseGuest
+	}
+	return nil
+}
+
+func (x *BuildRequest) GetSteps() []*BuildStep {
+	if x != nil {
+		return x.Steps
+	}
+	return nil
+}
+
+func (x *BuildRequest) GetStartCommand() string {
+	if x != nil {
+		return x.StartCommand
+	}
+	return ""
+}
+
+func (x *BuildRequest) GetReadyCommand() string {
+	if x != nil {
+		return x.ReadyCommand
+	}
+	return ""
+}
+
+func (x *BuildRequest) GetResources() *Resources {
+	if x != nil {
+		return x.Resources
+	}
+	return nil
+}
+
+func (x *BuildRequest) GetForce() bool {
+	if x != nil {
+		return x.Force
+	}
+	return false
+}
+
+type BuildStep struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// COPY, ENV, RUN, WORKDIR or USER.
+	Type string   `protobuf:"bytes,1,opt,name=type,proto3" json:"type,omitempty"`
+	Args []string `protobuf:"bytes,2,rep,name=args,proto3" json:"args,omitempty"`
+	// Of COPY: names the uploaded archive.
+	FilesHash     string `protobuf:"bytes,3,opt,name=files_hash,json=filesHash,proto3" json:"files_hash,omitempty"`
+	Force         bool   `protobuf:"varint,4,opt,name=force,proto3" json:"force,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BuildStep) Reset() {
+	*x = BuildStep{}
+	mi := &file_agent_v1_agent_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BuildStep) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BuildStep) ProtoMessage() {}
+
+func (x *BuildStep) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_v1_agent_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BuildStep.ProtoReflect.Descriptor instead.
+func (*BuildStep) Descriptor() ([]byte, []int) {
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *BuildStep) GetType() string {
+	if x != nil {
+		return x.Type
+	}
+	return ""
+}
+
+func (x *BuildStep) GetArgs() []string {
+	if x != nil {
+		return x.Args
+	}
+	return nil
+}
+
+func (x *BuildStep) GetFilesHash() string {
+	if x != nil {
+		return x.FilesHash
+	}
+	return ""
+}
+
+func (x *BuildStep) GetForce() bool {
+	if x != nil {
+		return x.Force
+	}
+	return false
+}
+
 type BuildResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	BuildId       string                 `protobuf:"bytes,1,opt,name=build_id,json=buildId,proto3" json:"build_id,omitempty"`
@@ -1299,7 +2627,7 @@ type BuildResponse struct {
 
 func (x *BuildResponse) Reset() {
 	*x = BuildResponse{}
-	mi := &file_agent_v1_agent_proto_msgTypes[17]
+	mi := &file_agent_v1_agent_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1311,7 +2639,7 @@ func (x *BuildResponse) String() string {
 func (*BuildResponse) ProtoMessage() {}
 
 func (x *BuildResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[17]
+	mi := &file_agent_v1_agent_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1324,7 +2652,7 @@ func (x *BuildResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildResponse.ProtoReflect.Descriptor instead.
 func (*BuildResponse) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{17}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *BuildResponse) GetBuildId() string {
@@ -1335,17 +2663,19 @@ func (x *BuildResponse) GetBuildId() string {
 }
 
 type GetBuildRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	BuildId       string                 `protobuf:"bytes,1,opt,name=build_id,json=buildId,proto3" json:"build_id,omitempty"`
-	Offset        int32                  `protobuf:"varint,2,opt,name=offset,proto3" json:"offset,omitempty"`
-	Wait          *durationpb.Duration   `protobuf:"bytes,3,opt,name=wait,proto3" json:"wait,omitempty"`
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	BuildId string                 `protobuf:"bytes,1,opt,name=build_id,json=buildId,proto3" json:"build_id,omitempty"`
+	Offset  int32                  `protobuf:"varint,2,opt,name=offset,proto3" json:"offset,omitempty"`
+	Wait    *durationpb.Duration   `protobuf:"bytes,3,opt,name=wait,proto3" json:"wait,omitempty"`
+	// At most so many lines; 0 means all.
+	Limit         int32 `protobuf:"varint,4,opt,name=limit,proto3" json:"limit,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *GetBuildRequest) Reset() {
 	*x = GetBuildRequest{}
-	mi := &file_agent_v1_agent_proto_msgTypes[18]
+	mi := &file_agent_v1_agent_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1357,7 +2687,7 @@ func (x *GetBuildRequest) String() string {
 func (*GetBuildRequest) ProtoMessage() {}
 
 func (x *GetBuildRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[18]
+	mi := &file_agent_v1_agent_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1370,7 +2700,7 @@ func (x *GetBuildRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBuildRequest.ProtoReflect.Descriptor instead.
 func (*GetBuildRequest) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{18}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *GetBuildRequest) GetBuildId() string {
@@ -1394,6 +2724,13 @@ func (x *GetBuildRequest) GetWait() *durationpb.Duration {
 	return nil
 }
 
+func (x *GetBuildRequest) GetLimit() int32 {
+	if x != nil {
+		return x.Limit
+	}
+	return 0
+}
+
 type GetBuildResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	State BuildState             `protobuf:"varint,1,opt,name=state,proto3,enum=agent.v1.BuildState" json:"state,omitempty"`
@@ -1406,14 +2743,22 @@ type GetBuildResponse struct {
 	ImageDigest string      `protobuf:"bytes,6,opt,name=image_digest,json=imageDigest,proto3" json:"image_digest,omitempty"`
 	ImageBytes  int64       `protobuf:"varint,7,opt,name=image_bytes,json=imageBytes,proto3" json:"image_bytes,omitempty"`
 	// The source that the image was made from.
-	Source        string `protobuf:"bytes,8,opt,name=source,proto3" json:"source,omitempty"`
+	Source string `protobuf:"bytes,8,opt,name=source,proto3" json:"source,omitempty"`
+	// Settings of the template's sandboxes.
+	Guest *GuestSettings `protobuf:"bytes,9,opt,name=guest,proto3" json:"guest,omitempty"`
+	// Of a template with a start command.
+	Checkpoint *Checkpoint `protobuf:"bytes,10,opt,name=checkpoint,proto3" json:"checkpoint,omitempty"`
+	// Of a failed build: the step that failed: a number from 1 on, "base" or "finalize".
+	FailedStep string `protobuf:"bytes,11,opt,name=failed_step,json=failedStep,proto3" json:"failed_step,omitempty"`
+	// The number of lines in the whole log.
+	EntriesTotal  int32 `protobuf:"varint,12,opt,name=entries_total,json=entriesTotal,proto3" json:"entries_total,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *GetBuildResponse) Reset() {
 	*x = GetBuildResponse{}
-	mi := &file_agent_v1_agent_proto_msgTypes[19]
+	mi := &file_agent_v1_agent_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1425,7 +2770,7 @@ func (x *GetBuildResponse) String() string {
 func (*GetBuildResponse) ProtoMessage() {}
 
 func (x *GetBuildResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[19]
+	mi := &file_agent_v1_agent_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1438,7 +2783,7 @@ func (x *GetBuildResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBuildResponse.ProtoReflect.Descriptor instead.
 func (*GetBuildResponse) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{19}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *GetBuildResponse) GetState() BuildState {
@@ -1497,6 +2842,34 @@ func (x *GetBuildResponse) GetSource() string {
 	return ""
 }
 
+func (x *GetBuildResponse) GetGuest() *GuestSettings {
+	if x != nil {
+		return x.Guest
+	}
+	return nil
+}
+
+func (x *GetBuildResponse) GetCheckpoint() *Checkpoint {
+	if x != nil {
+		return x.Checkpoint
+	}
+	return nil
+}
+
+func (x *GetBuildResponse) GetFailedStep() string {
+	if x != nil {
+		return x.FailedStep
+	}
+	return ""
+}
+
+func (x *GetBuildResponse) GetEntriesTotal() int32 {
+	if x != nil {
+		return x.EntriesTotal
+	}
+	return 0
+}
+
 type RemoveTemplateRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	TemplateId    string                 `protobuf:"bytes,1,opt,name=template_id,json=templateId,proto3" json:"template_id,omitempty"`
@@ -1507,7 +2880,7 @@ type RemoveTemplateRequest struct {
 
 func (x *RemoveTemplateRequest) Reset() {
 	*x = RemoveTemplateRequest{}
-	mi := &file_agent_v1_agent_proto_msgTypes[20]
+	mi := &file_agent_v1_agent_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1519,7 +2892,7 @@ func (x *RemoveTemplateRequest) String() string {
 func (*RemoveTemplateRequest) ProtoMessage() {}
 
 func (x *RemoveTemplateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[20]
+	mi := &file_agent_v1_agent_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1532,7 +2905,7 @@ func (x *RemoveTemplateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveTemplateRequest.ProtoReflect.Descriptor instead.
 func (*RemoveTemplateRequest) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{20}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *RemoveTemplateRequest) GetTemplateId() string {
@@ -1557,7 +2930,7 @@ type RemoveTemplateResponse struct {
 
 func (x *RemoveTemplateResponse) Reset() {
 	*x = RemoveTemplateResponse{}
-	mi := &file_agent_v1_agent_proto_msgTypes[21]
+	mi := &file_agent_v1_agent_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1569,7 +2942,7 @@ func (x *RemoveTemplateResponse) String() string {
 func (*RemoveTemplateResponse) ProtoMessage() {}
 
 func (x *RemoveTemplateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[21]
+	mi := &file_agent_v1_agent_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1582,7 +2955,7 @@ func (x *RemoveTemplateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveTemplateResponse.ProtoReflect.Descriptor instead.
 func (*RemoveTemplateResponse) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{21}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{40}
 }
 
 type Load struct {
@@ -1598,7 +2971,7 @@ type Load struct {
 
 func (x *Load) Reset() {
 	*x = Load{}
-	mi := &file_agent_v1_agent_proto_msgTypes[22]
+	mi := &file_agent_v1_agent_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1610,7 +2983,7 @@ func (x *Load) String() string {
 func (*Load) ProtoMessage() {}
 
 func (x *Load) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[22]
+	mi := &file_agent_v1_agent_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1623,7 +2996,7 @@ func (x *Load) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Load.ProtoReflect.Descriptor instead.
 func (*Load) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{22}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *Load) GetCapacity() *Resources {
@@ -1665,12 +3038,92 @@ var File_agent_v1_agent_proto protoreflect.FileDescriptor
 
 const file_agent_v1_agent_proto_rawDesc = "" +
 	"\n" +
-	"\x14agent/v1/agent.proto\x12\bagent.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"j\n" +
+	"\x14agent/v1/agent.proto\x12\bagent.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xbf\x02\n" +
+	"\n" +
+	"Checkpoint\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12,\n" +
+	"\x04kind\x18\x02 \x01(\x0e2\x18.agent.v1.CheckpointKindR\x04kind\x12!\n" +
+	"\fimage_digest\x18\x03 \x01(\tR\vimageDigest\x121\n" +
+	"\tresources\x18\x04 \x01(\v2\x13.agent.v1.ResourcesR\tresources\x12\x14\n" +
+	"\x05bytes\x18\x05 \x01(\x03R\x05bytes\x129\n" +
+	"\n" +
+	"created_at\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\tcreatedAt\x12\x1d\n" +
+	"\n" +
+	"sandbox_id\x18\a \x01(\tR\tsandboxId\x12-\n" +
+	"\x05guest\x18\b \x01(\v2\x17.agent.v1.GuestSettingsR\x05guest\"\xa9\x01\n" +
+	"\rGuestSettings\x122\n" +
+	"\x03env\x18\x01 \x03(\v2 .agent.v1.GuestSettings.EnvEntryR\x03env\x12\x12\n" +
+	"\x04user\x18\x02 \x01(\tR\x04user\x12\x18\n" +
+	"\aworkdir\x18\x03 \x01(\tR\aworkdir\x1a6\n" +
+	"\bEnvEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"L\n" +
+	"\fPauseRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12,\n" +
+	"\x04kind\x18\x02 \x01(\x0e2\x18.agent.v1.CheckpointKindR\x04kind\"`\n" +
+	"\rPauseResponse\x12+\n" +
+	"\asandbox\x18\x01 \x01(\v2\x11.agent.v1.SandboxR\asandbox\x12\"\n" +
+	"\x04load\x18\x02 \x01(\v2\x0e.agent.v1.LoadR\x04load\"\xbc\x01\n" +
+	"\rResumeRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x123\n" +
+	"\atimeout\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\atimeout\x12\x1f\n" +
+	"\vextend_only\x18\x03 \x01(\bR\n" +
+	"extendOnly\x12\x12\n" +
+	"\x04cold\x18\x04 \x01(\bR\x04cold\x12\"\n" +
+	"\n" +
+	"auto_pause\x18\x05 \x01(\bH\x00R\tautoPause\x88\x01\x01B\r\n" +
+	"\v_auto_pause\"{\n" +
+	"\x0eResumeResponse\x12+\n" +
+	"\asandbox\x18\x01 \x01(\v2\x11.agent.v1.SandboxR\asandbox\x12\"\n" +
+	"\x04load\x18\x02 \x01(\v2\x0e.agent.v1.LoadR\x04load\x12\x18\n" +
+	"\aresumed\x18\x03 \x01(\bR\aresumed\"t\n" +
+	"\x0fSnapshotRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12#\n" +
+	"\rcheckpoint_id\x18\x02 \x01(\tR\fcheckpointId\x12,\n" +
+	"\x04kind\x18\x03 \x01(\x0e2\x18.agent.v1.CheckpointKindR\x04kind\"H\n" +
+	"\x10SnapshotResponse\x124\n" +
+	"\n" +
+	"checkpoint\x18\x01 \x01(\v2\x14.agent.v1.CheckpointR\n" +
+	"checkpoint\"F\n" +
+	"\x0fRollbackRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12#\n" +
+	"\rcheckpoint_id\x18\x02 \x01(\tR\fcheckpointId\"c\n" +
+	"\x10RollbackResponse\x12+\n" +
+	"\asandbox\x18\x01 \x01(\v2\x11.agent.v1.SandboxR\asandbox\x12\"\n" +
+	"\x04load\x18\x02 \x01(\v2\x0e.agent.v1.LoadR\x04load\">\n" +
+	"\x17RemoveCheckpointRequest\x12#\n" +
+	"\rcheckpoint_id\x18\x01 \x01(\tR\fcheckpointId\"\x1a\n" +
+	"\x18RemoveCheckpointResponse\"/\n" +
+	"\x12CancelBuildRequest\x12\x19\n" +
+	"\bbuild_id\x18\x01 \x01(\tR\abuildId\"\x15\n" +
+	"\x13CancelBuildResponse\"l\n" +
+	"\x0ePutFileRequest\x12\x12\n" +
+	"\x04hash\x18\x01 \x01(\tR\x04hash\x12\x16\n" +
+	"\x06offset\x18\x02 \x01(\x03R\x06offset\x12\x12\n" +
+	"\x04data\x18\x03 \x01(\fR\x04data\x12\x1a\n" +
+	"\bcomplete\x18\x04 \x01(\bR\bcomplete\"C\n" +
+	"\x0fPutFileResponse\x12\x14\n" +
+	"\x05bytes\x18\x01 \x01(\x03R\x05bytes\x12\x1a\n" +
+	"\bcomplete\x18\x02 \x01(\bR\bcomplete\"\x94\x03\n" +
+	"\vPushRequest\x12\x19\n" +
+	"\bbuild_id\x18\x01 \x01(\tR\abuildId\x12\x1f\n" +
+	"\vtemplate_id\x18\x02 \x01(\tR\n" +
+	"templateId\x12!\n" +
+	"\fimage_digest\x18\x03 \x01(\tR\vimageDigest\x12 \n" +
+	"\vdestination\x18\x04 \x01(\tR\vdestination\x12+\n" +
+	"\x11registry_username\x18\x05 \x01(\tR\x10registryUsername\x12+\n" +
+	"\x11registry_password\x18\x06 \x01(\tR\x10registryPassword\x12-\n" +
+	"\x05guest\x18\a \x01(\v2\x17.agent.v1.GuestSettingsR\x05guest\x12#\n" +
+	"\rstart_command\x18\b \x01(\tR\fstartCommand\x12#\n" +
+	"\rready_command\x18\t \x01(\tR\freadyCommand\x121\n" +
+	"\tresources\x18\n" +
+	" \x01(\v2\x13.agent.v1.ResourcesR\tresources\"\x0e\n" +
+	"\fPushResponse\"j\n" +
 	"\tResources\x12\x1b\n" +
 	"\tmilli_cpu\x18\x01 \x01(\x03R\bmilliCpu\x12!\n" +
 	"\fmemory_bytes\x18\x02 \x01(\x03R\vmemoryBytes\x12\x1d\n" +
 	"\n" +
-	"disk_bytes\x18\x03 \x01(\x03R\tdiskBytes\"\x8d\x05\n" +
+	"disk_bytes\x18\x03 \x01(\x03R\tdiskBytes\"\x85\a\n" +
 	"\aSandbox\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x17\n" +
 	"\anode_id\x18\x02 \x01(\tR\x06nodeId\x12\x1f\n" +
@@ -1691,10 +3144,17 @@ const file_agent_v1_agent_proto_rawDesc = "" +
 	"\x06secure\x18\f \x01(\bR\x06secure\x12%\n" +
 	"\x0eallow_internet\x18\r \x01(\bR\rallowInternet\x12#\n" +
 	"\rguest_version\x18\x0e \x01(\tR\fguestVersion\x125\n" +
-	"\bended_at\x18\x0f \x01(\v2\x1a.google.protobuf.TimestampR\aendedAt\x1a;\n" +
+	"\bended_at\x18\x0f \x01(\v2\x1a.google.protobuf.TimestampR\aendedAt\x12\x1d\n" +
+	"\n" +
+	"auto_pause\x18\x10 \x01(\bR\tautoPause\x12@\n" +
+	"\x0fauto_pause_kind\x18\x11 \x01(\x0e2\x18.agent.v1.CheckpointKindR\rautoPauseKind\x127\n" +
+	"\tpaused_at\x18\x12 \x01(\v2\x1a.google.protobuf.TimestampR\bpausedAt\x129\n" +
+	"\vpaused_kind\x18\x13 \x01(\x0e2\x18.agent.v1.CheckpointKindR\n" +
+	"pausedKind\x12!\n" +
+	"\fpaused_bytes\x18\x14 \x01(\x03R\vpausedBytes\x1a;\n" +
 	"\rMetadataEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xd5\x04\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x8a\x06\n" +
 	"\rCreateRequest\x12\x1f\n" +
 	"\vtemplate_id\x18\x01 \x01(\tR\n" +
 	"templateId\x12#\n" +
@@ -1709,7 +3169,12 @@ const file_agent_v1_agent_proto_rawDesc = "" +
 	"\x0fidempotency_key\x18\n" +
 	" \x01(\tR\x0eidempotencyKey\x12\x1f\n" +
 	"\vcustom_size\x18\v \x01(\bR\n" +
-	"customSize\x1a;\n" +
+	"customSize\x12#\n" +
+	"\rcheckpoint_id\x18\f \x01(\tR\fcheckpointId\x12-\n" +
+	"\x05guest\x18\r \x01(\v2\x17.agent.v1.GuestSettingsR\x05guest\x12\x1d\n" +
+	"\n" +
+	"auto_pause\x18\x0e \x01(\bR\tautoPause\x12@\n" +
+	"\x0fauto_pause_kind\x18\x0f \x01(\x0e2\x18.agent.v1.CheckpointKindR\rautoPauseKind\x1a;\n" +
 	"\rMetadataEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a6\n" +
@@ -1764,19 +3229,36 @@ const file_agent_v1_agent_proto_rawDesc = "" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"<\n" +
 	"\fLogsResponse\x12,\n" +
-	"\aentries\x18\x01 \x03(\v2\x12.agent.v1.LogEntryR\aentries\"\xa3\x01\n" +
+	"\aentries\x18\x01 \x03(\v2\x12.agent.v1.LogEntryR\aentries\"\xe0\x03\n" +
 	"\fBuildRequest\x12\x1f\n" +
 	"\vtemplate_id\x18\x01 \x01(\tR\n" +
 	"templateId\x12\x18\n" +
 	"\asources\x18\x02 \x03(\tR\asources\x12+\n" +
 	"\x11registry_username\x18\x03 \x01(\tR\x10registryUsername\x12+\n" +
-	"\x11registry_password\x18\x04 \x01(\tR\x10registryPassword\"*\n" +
+	"\x11registry_password\x18\x04 \x01(\tR\x10registryPassword\x12\x19\n" +
+	"\bbuild_id\x18\x05 \x01(\tR\abuildId\x12*\n" +
+	"\x11base_image_digest\x18\x06 \x01(\tR\x0fbaseImageDigest\x126\n" +
+	"\n" +
+	"base_guest\x18\a \x01(\v2\x17.agent.v1.GuestSettingsR\tbaseGuest\x12)\n" +
+	"\x05steps\x18\b \x03(\v2\x13.agent.v1.BuildStepR\x05steps\x12#\n" +
+	"\rstart_command\x18\t \x01(\tR\fstartCommand\x12#\n" +
+	"\rready_command\x18\n" +
+	" \x01(\tR\freadyCommand\x121\n" +
+	"\tresources\x18\v \x01(\v2\x13.agent.v1.ResourcesR\tresources\x12\x14\n" +
+	"\x05force\x18\f \x01(\bR\x05force\"h\n" +
+	"\tBuildStep\x12\x12\n" +
+	"\x04type\x18\x01 \x01(\tR\x04type\x12\x12\n" +
+	"\x04args\x18\x02 \x03(\tR\x04args\x12\x1d\n" +
+	"\n" +
+	"files_hash\x18\x03 \x01(\tR\tfilesHash\x12\x14\n" +
+	"\x05force\x18\x04 \x01(\bR\x05force\"*\n" +
 	"\rBuildResponse\x12\x19\n" +
-	"\bbuild_id\x18\x01 \x01(\tR\abuildId\"s\n" +
+	"\bbuild_id\x18\x01 \x01(\tR\abuildId\"\x89\x01\n" +
 	"\x0fGetBuildRequest\x12\x19\n" +
 	"\bbuild_id\x18\x01 \x01(\tR\abuildId\x12\x16\n" +
 	"\x06offset\x18\x02 \x01(\x05R\x06offset\x12-\n" +
-	"\x04wait\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\x04wait\"\x8e\x02\n" +
+	"\x04wait\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\x04wait\x12\x14\n" +
+	"\x05limit\x18\x04 \x01(\x05R\x05limit\"\xb9\x03\n" +
 	"\x10GetBuildResponse\x12*\n" +
 	"\x05state\x18\x01 \x01(\x0e2\x14.agent.v1.BuildStateR\x05state\x12\x12\n" +
 	"\x04step\x18\x02 \x01(\tR\x04step\x12\x1a\n" +
@@ -1786,7 +3268,15 @@ const file_agent_v1_agent_proto_rawDesc = "" +
 	"\fimage_digest\x18\x06 \x01(\tR\vimageDigest\x12\x1f\n" +
 	"\vimage_bytes\x18\a \x01(\x03R\n" +
 	"imageBytes\x12\x16\n" +
-	"\x06source\x18\b \x01(\tR\x06source\"[\n" +
+	"\x06source\x18\b \x01(\tR\x06source\x12-\n" +
+	"\x05guest\x18\t \x01(\v2\x17.agent.v1.GuestSettingsR\x05guest\x124\n" +
+	"\n" +
+	"checkpoint\x18\n" +
+	" \x01(\v2\x14.agent.v1.CheckpointR\n" +
+	"checkpoint\x12\x1f\n" +
+	"\vfailed_step\x18\v \x01(\tR\n" +
+	"failedStep\x12#\n" +
+	"\rentries_total\x18\f \x01(\x05R\fentriesTotal\"[\n" +
 	"\x15RemoveTemplateRequest\x12\x1f\n" +
 	"\vtemplate_id\x18\x01 \x01(\tR\n" +
 	"templateId\x12!\n" +
@@ -1797,7 +3287,11 @@ const file_agent_v1_agent_proto_rawDesc = "" +
 	"\tallocated\x18\x02 \x01(\v2\x13.agent.v1.ResourcesR\tallocated\x12\x1c\n" +
 	"\tsandboxes\x18\x03 \x01(\x05R\tsandboxes\x12\x1a\n" +
 	"\bcreating\x18\x04 \x01(\x05R\bcreating\x12\x12\n" +
-	"\x04warm\x18\x05 \x01(\x05R\x04warm*\xef\x01\n" +
+	"\x04warm\x18\x05 \x01(\x05R\x04warm*h\n" +
+	"\x0eCheckpointKind\x12\x1f\n" +
+	"\x1bCHECKPOINT_KIND_UNSPECIFIED\x10\x00\x12\x1a\n" +
+	"\x16CHECKPOINT_KIND_MEMORY\x10\x01\x12\x19\n" +
+	"\x15CHECKPOINT_KIND_FILES\x10\x02*\xef\x01\n" +
 	"\x05State\x12\x15\n" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\x12\n" +
 	"\x0eSTATE_CREATING\x10\x01\x12\x11\n" +
@@ -1818,7 +3312,7 @@ const file_agent_v1_agent_proto_rawDesc = "" +
 	"\x17BUILD_STATE_UNSPECIFIED\x10\x00\x12\x18\n" +
 	"\x14BUILD_STATE_BUILDING\x10\x01\x12\x15\n" +
 	"\x11BUILD_STATE_READY\x10\x02\x12\x16\n" +
-	"\x12BUILD_STATE_FAILED\x10\x032\xc8\x04\n" +
+	"\x12BUILD_STATE_FAILED\x10\x032\xe3\b\n" +
 	"\fAgentService\x12;\n" +
 	"\x06Create\x12\x17.agent.v1.CreateRequest\x1a\x18.agent.v1.CreateResponse\x122\n" +
 	"\x03Get\x12\x14.agent.v1.GetRequest\x1a\x15.agent.v1.GetResponse\x125\n" +
@@ -1828,8 +3322,16 @@ const file_agent_v1_agent_proto_rawDesc = "" +
 	"\aMetrics\x12\x18.agent.v1.MetricsRequest\x1a\x19.agent.v1.MetricsResponse\x125\n" +
 	"\x04Logs\x12\x15.agent.v1.LogsRequest\x1a\x16.agent.v1.LogsResponse\x128\n" +
 	"\x05Build\x12\x16.agent.v1.BuildRequest\x1a\x17.agent.v1.BuildResponse\x12A\n" +
-	"\bGetBuild\x12\x19.agent.v1.GetBuildRequest\x1a\x1a.agent.v1.GetBuildResponse\x12S\n" +
-	"\x0eRemoveTemplate\x12\x1f.agent.v1.RemoveTemplateRequest\x1a .agent.v1.RemoveTemplateResponseB@Z>github.com/cloister-dev/cloister/internal/gen/agent/v1;agentv1b\x06proto3"
+	"\bGetBuild\x12\x19.agent.v1.GetBuildRequest\x1a\x1a.agent.v1.GetBuildResponse\x12J\n" +
+	"\vCancelBuild\x12\x1c.agent.v1.CancelBuildRequest\x1a\x1d.agent.v1.CancelBuildResponse\x12>\n" +
+	"\aPutFile\x12\x18.agent.v1.PutFileRequest\x1a\x19.agent.v1.PutFileResponse\x125\n" +
+	"\x04Push\x12\x15.agent.v1.PushRequest\x1a\x16.agent.v1.PushResponse\x12S\n" +
+	"\x0eRemoveTemplate\x12\x1f.agent.v1.RemoveTemplateRequest\x1a .agent.v1.RemoveTemplateResponse\x128\n" +
+	"\x05Pause\x12\x16.agent.v1.PauseRequest\x1a\x17.agent.v1.PauseResponse\x12;\n" +
+	"\x06Resume\x12\x17.agent.v1.ResumeRequest\x1a\x18.agent.v1.ResumeResponse\x12A\n" +
+	"\bSnapshot\x12\x19.agent.v1.SnapshotRequest\x1a\x1a.agent.v1.SnapshotResponse\x12A\n" +
+	"\bRollback\x12\x19.agent.v1.RollbackRequest\x1a\x1a.agent.v1.RollbackResponse\x12Y\n" +
+	"\x10RemoveCheckpoint\x12!.agent.v1.RemoveCheckpointRequest\x1a\".agent.v1.RemoveCheckpointResponseB@Z>github.com/cloister-dev/cloister/internal/gen/agent/v1;agentv1b\x06proto3"
 
 var (
 	file_agent_v1_agent_proto_rawDescOnce sync.Once
@@ -1843,93 +3345,157 @@ func file_agent_v1_agent_proto_rawDescGZIP() []byte {
 	return file_agent_v1_agent_proto_rawDescData
 }
 
-var file_agent_v1_agent_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 27)
+var file_agent_v1_agent_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
+var file_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 47)
 var file_agent_v1_agent_proto_goTypes = []any{
-	(State)(0),                     // 0: agent.v1.State
-	(BuildState)(0),                // 1: agent.v1.BuildState
-	(*Resources)(nil),              // 2: agent.v1.Resources
-	(*Sandbox)(nil),                // 3: agent.v1.Sandbox
-	(*CreateRequest)(nil),          // 4: agent.v1.CreateRequest
-	(*CreateResponse)(nil),         // 5: agent.v1.CreateResponse
-	(*GetRequest)(nil),             // 6: agent.v1.GetRequest
-	(*GetResponse)(nil),            // 7: agent.v1.GetResponse
-	(*KillRequest)(nil),            // 8: agent.v1.KillRequest
-	(*KillResponse)(nil),           // 9: agent.v1.KillResponse
-	(*SetTimeoutRequest)(nil),      // 10: agent.v1.SetTimeoutRequest
-	(*SetTimeoutResponse)(nil),     // 11: agent.v1.SetTimeoutResponse
-	(*MetricsRequest)(nil),         // 12: agent.v1.MetricsRequest
-	(*MetricSample)(nil),           // 13: agent.v1.MetricSample
-	(*MetricsResponse)(nil),        // 14: agent.v1.MetricsResponse
-	(*LogsRequest)(nil),            // 15: agent.v1.LogsRequest
-	(*LogEntry)(nil),               // 16: agent.v1.LogEntry
-	(*LogsResponse)(nil),           // 17: agent.v1.LogsResponse
-	(*BuildRequest)(nil),           // 18: agent.v1.BuildRequest
-	(*BuildResponse)(nil),          // 19: agent.v1.BuildResponse
-	(*GetBuildRequest)(nil),        // 20: agent.v1.GetBuildRequest
-	(*GetBuildResponse)(nil),       // 21: agent.v1.GetBuildResponse
-	(*RemoveTemplateRequest)(nil),  // 22: agent.v1.RemoveTemplateRequest
-	(*RemoveTemplateResponse)(nil), // 23: agent.v1.RemoveTemplateResponse
-	(*Load)(nil),                   // 24: agent.v1.Load
-	nil,                            // 25: agent.v1.Sandbox.MetadataEntry
-	nil,                            // 26: agent.v1.CreateRequest.MetadataEntry
-	nil,                            // 27: agent.v1.CreateRequest.EnvEntry
-	nil,                            // 28: agent.v1.LogEntry.FieldsEntry
-	(*timestamppb.Timestamp)(nil),  // 29: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),    // 30: google.protobuf.Duration
+	(CheckpointKind)(0),              // 0: agent.v1.CheckpointKind
+	(State)(0),                       // 1: agent.v1.State
+	(BuildState)(0),                  // 2: agent.v1.BuildState
+	(*Checkpoint)(nil),               // 3: agent.v1.Checkpoint
+	(*GuestSettings)(nil),            // 4: agent.v1.GuestSettings
+	(*PauseRequest)(nil),             // 5: agent.v1.PauseRequest
+	(*PauseResponse)(nil),            // 6: agent.v1.PauseResponse
+	(*ResumeRequest)(nil),            // 7: agent.v1.ResumeRequest
+	(*ResumeResponse)(nil),           // 8: agent.v1.ResumeResponse
+	(*SnapshotRequest)(nil),          // 9: agent.v1.SnapshotRequest
+	(*SnapshotResponse)(nil),         // 10: agent.v1.SnapshotResponse
+	(*RollbackRequest)(nil),          // 11: agent.v1.RollbackRequest
+	(*RollbackResponse)(nil),         // 12: agent.v1.RollbackResponse
+	(*RemoveCheckpointRequest)(nil),  // 13: agent.v1.RemoveCheckpointRequest
+	(*RemoveCheckpointResponse)(nil), // 14: agent.v1.RemoveCheckpointResponse
+	(*CancelBuildRequest)(nil),       // 15: agent.v1.CancelBuildRequest
+	(*CancelBuildResponse)(nil),      // 16: agent.v1.CancelBuildResponse
+	(*PutFileRequest)(nil),           // 17: agent.v1.PutFileRequest
+	(*PutFileResponse)(nil),          // 18: agent.v1.PutFileResponse
+	(*PushRequest)(nil),              // 19: agent.v1.PushRequest
+	(*PushResponse)(nil),             // 20: agent.v1.PushResponse
+	(*Resources)(nil),                // 21: agent.v1.Resources
+	(*Sandbox)(nil),                  // 22: agent.v1.Sandbox
+	(*CreateRequest)(nil),            // 23: agent.v1.CreateRequest
+	(*CreateResponse)(nil),           // 24: agent.v1.CreateResponse
+	(*GetRequest)(nil),               // 25: agent.v1.GetRequest
+	(*GetResponse)(nil),              // 26: agent.v1.GetResponse
+	(*KillRequest)(nil),              // 27: agent.v1.KillRequest
+	(*KillResponse)(nil),             // 28: agent.v1.KillResponse
+	(*SetTimeoutRequest)(nil),        // 29: agent.v1.SetTimeoutRequest
+	(*SetTimeoutResponse)(nil),       // 30: agent.v1.SetTimeoutResponse
+	(*MetricsRequest)(nil),           // 31: agent.v1.MetricsRequest
+	(*MetricSample)(nil),             // 32: agent.v1.MetricSample
+	(*MetricsResponse)(nil),          // 33: agent.v1.MetricsResponse
+	(*LogsRequest)(nil),              // 34: agent.v1.LogsRequest
+	(*LogEntry)(nil),                 // 35: agent.v1.LogEntry
+	(*LogsResponse)(nil),             // 36: agent.v1.LogsResponse
+	(*BuildRequest)(nil),             // 37: agent.v1.BuildRequest
+	(*BuildStep)(nil),                // 38: agent.v1.BuildStep
+	(*BuildResponse)(nil),            // 39: agent.v1.BuildResponse
+	(*GetBuildRequest)(nil),          // 40: agent.v1.GetBuildRequest
+	(*GetBuildResponse)(nil),         // 41: agent.v1.GetBuildResponse
+	(*RemoveTemplateRequest)(nil),    // 42: agent.v1.RemoveTemplateRequest
+	(*RemoveTemplateResponse)(nil),   // 43: agent.v1.RemoveTemplateResponse
+	(*Load)(nil),                     // 44: agent.v1.Load
+	nil,                              // 45: agent.v1.GuestSettings.EnvEntry
+	nil,                              // 46: agent.v1.Sandbox.MetadataEntry
+	nil,                              // 47: agent.v1.CreateRequest.MetadataEntry
+	nil,                              // 48: agent.v1.CreateRequest.EnvEntry
+	nil,                              // 49: agent.v1.LogEntry.FieldsEntry
+	(*timestamppb.Timestamp)(nil),    // 50: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),      // 51: google.protobuf.Duration
 }
 var file_agent_v1_agent_proto_depIdxs = []int32{
-	0,  // 0: agent.v1.Sandbox.state:type_name -> agent.v1.State
-	2,  // 1: agent.v1.Sandbox.resources:type_name -> agent.v1.Resources
-	25, // 2: agent.v1.Sandbox.metadata:type_name -> agent.v1.Sandbox.MetadataEntry
-	29, // 3: agent.v1.Sandbox.started_at:type_name -> google.protobuf.Timestamp
-	29, // 4: agent.v1.Sandbox.end_at:type_name -> google.protobuf.Timestamp
-	29, // 5: agent.v1.Sandbox.ended_at:type_name -> google.protobuf.Timestamp
-	2,  // 6: agent.v1.CreateRequest.resources:type_name -> agent.v1.Resources
-	26, // 7: agent.v1.CreateRequest.metadata:type_name -> agent.v1.CreateRequest.MetadataEntry
-	27, // 8: agent.v1.CreateRequest.env:type_name -> agent.v1.CreateRequest.EnvEntry
-	30, // 9: agent.v1.CreateRequest.timeout:type_name -> google.protobuf.Duration
-	3,  // 10: agent.v1.CreateResponse.sandbox:type_name -> agent.v1.Sandbox
-	24, // 11: agent.v1.CreateResponse.load:type_name -> agent.v1.Load
-	3,  // 12: agent.v1.GetResponse.sandbox:type_name -> agent.v1.Sandbox
-	30, // 13: agent.v1.SetTimeoutRequest.timeout:type_name -> google.protobuf.Duration
-	3,  // 14: agent.v1.SetTimeoutResponse.sandbox:type_name -> agent.v1.Sandbox
-	29, // 15: agent.v1.MetricsRequest.start:type_name -> google.protobuf.Timestamp
-	29, // 16: agent.v1.MetricsRequest.end:type_name -> google.protobuf.Timestamp
-	29, // 17: agent.v1.MetricSample.time:type_name -> google.protobuf.Timestamp
-	13, // 18: agent.v1.MetricsResponse.samples:type_name -> agent.v1.MetricSample
-	29, // 19: agent.v1.LogsRequest.start:type_name -> google.protobuf.Timestamp
-	29, // 20: agent.v1.LogEntry.time:type_name -> google.protobuf.Timestamp
-	28, // 21: agent.v1.LogEntry.fields:type_name -> agent.v1.LogEntry.FieldsEntry
-	16, // 22: agent.v1.LogsResponse.entries:type_name -> agent.v1.LogEntry
-	30, // 23: agent.v1.GetBuildRequest.wait:type_name -> google.protobuf.Duration
-	1,  // 24: agent.v1.GetBuildResponse.state:type_name -> agent.v1.BuildState
-	16, // 25: agent.v1.GetBuildResponse.entries:type_name -> agent.v1.LogEntry
-	2,  // 26: agent.v1.Load.capacity:type_name -> agent.v1.Resources
-	2,  // 27: agent.v1.Load.allocated:type_name -> agent.v1.Resources
-	4,  // 28: agent.v1.AgentService.Create:input_type -> agent.v1.CreateRequest
-	6,  // 29: agent.v1.AgentService.Get:input_type -> agent.v1.GetRequest
-	8,  // 30: agent.v1.AgentService.Kill:input_type -> agent.v1.KillRequest
-	10, // 31: agent.v1.AgentService.SetTimeout:input_type -> agent.v1.SetTimeoutRequest
-	12, // 32: agent.v1.AgentService.Metrics:input_type -> agent.v1.MetricsRequest
-	15, // 33: agent.v1.AgentService.Logs:input_type -> agent.v1.LogsRequest
-	18, // 34: agent.v1.AgentService.Build:input_type -> agent.v1.BuildRequest
-	20, // 35: agent.v1.AgentService.GetBuild:input_type -> agent.v1.GetBuildRequest
-	22, // 36: agent.v1.AgentService.RemoveTemplate:input_type -> agent.v1.RemoveTemplateRequest
-	5,  // 37: agent.v1.AgentService.Create:output_type -> agent.v1.CreateResponse
-	7,  // 38: agent.v1.AgentService.Get:output_type -> agent.v1.GetResponse
-	9,  // 39: agent.v1.AgentService.Kill:output_type -> agent.v1.KillResponse
-	11, // 40: agent.v1.AgentService.SetTimeout:output_type -> agent.v1.SetTimeoutResponse
-	14, // 41: agent.v1.AgentService.Metrics:output_type -> agent.v1.MetricsResponse
-	17, // 42: agent.v1.AgentService.Logs:output_type -> agent.v1.LogsResponse
-	19, // 43: agent.v1.AgentService.Build:output_type -> agent.v1.BuildResponse
-	21, // 44: agent.v1.AgentService.GetBuild:output_type -> agent.v1.GetBuildResponse
-	23, // 45: agent.v1.AgentService.RemoveTemplate:output_type -> agent.v1.RemoveTemplateResponse
-	37, // [37:46] is the sub-list for method output_type
-	28, // [28:37] is the sub-list for method input_type
-	28, // [28:28] is the sub-list for extension type_name
-	28, // [28:28] is the sub-list for extension extendee
-	0,  // [0:28] is the sub-list for field type_name
+	0,  // 0: agent.v1.Checkpoint.kind:type_name -> agent.v1.CheckpointKind
+	21, // 1: agent.v1.Checkpoint.resources:type_name -> agent.v1.Resources
+	50, // 2: agent.v1.Checkpoint.created_at:type_name -> google.protobuf.Timestamp
+	4,  // 3: agent.v1.Checkpoint.guest:type_name -> agent.v1.GuestSettings
+	45, // 4: agent.v1.GuestSettings.env:type_name -> agent.v1.GuestSettings.EnvEntry
+	0,  // 5: agent.v1.PauseRequest.kind:type_name -> agent.v1.CheckpointKind
+	22, // 6: agent.v1.PauseResponse.sandbox:type_name -> agent.v1.Sandbox
+	44, // 7: agent.v1.PauseResponse.load:type_name -> agent.v1.Load
+	51, // 8: agent.v1.ResumeRequest.timeout:type_name -> google.protobuf.Duration
+	22, // 9: agent.v1.ResumeResponse.sandbox:type_name -> agent.v1.Sandbox
+	44, // 10: agent.v1.ResumeResponse.load:type_name -> agent.v1.Load
+	0,  // 11: agent.v1.SnapshotRequest.kind:type_name -> agent.v1.CheckpointKind
+	3,  // 12: agent.v1.SnapshotResponse.checkpoint:type_name -> agent.v1.Checkpoint
+	22, // 13: agent.v1.RollbackResponse.sandbox:type_name -> agent.v1.Sandbox
+	44, // 14: agent.v1.RollbackResponse.load:type_name -> agent.v1.Load
+	4,  // 15: agent.v1.PushRequest.guest:type_name -> agent.v1.GuestSettings
+	21, // 16: agent.v1.PushRequest.resources:type_name -> agent.v1.Resources
+	1,  // 17: agent.v1.Sandbox.state:type_name -> agent.v1.State
+	21, // 18: agent.v1.Sandbox.resources:type_name -> agent.v1.Resources
+	46, // 19: agent.v1.Sandbox.metadata:type_name -> agent.v1.Sandbox.MetadataEntry
+	50, // 20: agent.v1.Sandbox.started_at:type_name -> google.protobuf.Timestamp
+	50, // 21: agent.v1.Sandbox.end_at:type_name -> google.protobuf.Timestamp
+	50, // 22: agent.v1.Sandbox.ended_at:type_name -> google.protobuf.Timestamp
+	0,  // 23: agent.v1.Sandbox.auto_pause_kind:type_name -> agent.v1.CheckpointKind
+	50, // 24: agent.v1.Sandbox.paused_at:type_name -> google.protobuf.Timestamp
+	0,  // 25: agent.v1.Sandbox.paused_kind:type_name -> agent.v1.CheckpointKind
+	21, // 26: agent.v1.CreateRequest.resources:type_name -> agent.v1.Resources
+	47, // 27: agent.v1.CreateRequest.metadata:type_name -> agent.v1.CreateRequest.MetadataEntry
+	48, // 28: agent.v1.CreateRequest.env:type_name -> agent.v1.CreateRequest.EnvEntry
+	51, // 29: agent.v1.CreateRequest.timeout:type_name -> google.protobuf.Duration
+	4,  // 30: agent.v1.CreateRequest.guest:type_name -> agent.v1.GuestSettings
+	0,  // 31: agent.v1.CreateRequest.auto_pause_kind:type_name -> agent.v1.CheckpointKind
+	22, // 32: agent.v1.CreateResponse.sandbox:type_name -> agent.v1.Sandbox
+	44, // 33: agent.v1.CreateResponse.load:type_name -> agent.v1.Load
+	22, // 34: agent.v1.GetResponse.sandbox:type_name -> agent.v1.Sandbox
+	51, // 35: agent.v1.SetTimeoutRequest.timeout:type_name -> google.protobuf.Duration
+	22, // 36: agent.v1.SetTimeoutResponse.sandbox:type_name -> agent.v1.Sandbox
+	50, // 37: agent.v1.MetricsRequest.start:type_name -> google.protobuf.Timestamp
+	50, // 38: agent.v1.MetricsRequest.end:type_name -> google.protobuf.Timestamp
+	50, // 39: agent.v1.MetricSample.time:type_name -> google.protobuf.Timestamp
+	32, // 40: agent.v1.MetricsResponse.samples:type_name -> agent.v1.MetricSample
+	50, // 41: agent.v1.LogsRequest.start:type_name -> google.protobuf.Timestamp
+	50, // 42: agent.v1.LogEntry.time:type_name -> google.protobuf.Timestamp
+	49, // 43: agent.v1.LogEntry.fields:type_name -> agent.v1.LogEntry.FieldsEntry
+	35, // 44: agent.v1.LogsResponse.entries:type_name -> agent.v1.LogEntry
+	4,  // 45: agent.v1.BuildRequest.base_guest:type_name -> agent.v1.GuestSettings
+	38, // 46: agent.v1.BuildRequest.steps:type_name -> agent.v1.BuildStep
+	21, // 47: agent.v1.BuildRequest.resources:type_name -> agent.v1.Resources
+	51, // 48: agent.v1.GetBuildRequest.wait:type_name -> google.protobuf.Duration
+	2,  // 49: agent.v1.GetBuildResponse.state:type_name -> agent.v1.BuildState
+	35, // 50: agent.v1.GetBuildResponse.entries:type_name -> agent.v1.LogEntry
+	4,  // 51: agent.v1.GetBuildResponse.guest:type_name -> agent.v1.GuestSettings
+	3,  // 52: agent.v1.GetBuildResponse.checkpoint:type_name -> agent.v1.Checkpoint
+	21, // 53: agent.v1.Load.capacity:type_name -> agent.v1.Resources
+	21, // 54: agent.v1.Load.allocated:type_name -> agent.v1.Resources
+	23, // 55: agent.v1.AgentService.Create:input_type -> agent.v1.CreateRequest
+	25, // 56: agent.v1.AgentService.Get:input_type -> agent.v1.GetRequest
+	27, // 57: agent.v1.AgentService.Kill:input_type -> agent.v1.KillRequest
+	29, // 58: agent.v1.AgentService.SetTimeout:input_type -> agent.v1.SetTimeoutRequest
+	31, // 59: agent.v1.AgentService.Metrics:input_type -> agent.v1.MetricsRequest
+	34, // 60: agent.v1.AgentService.Logs:input_type -> agent.v1.LogsRequest
+	37, // 61: agent.v1.AgentService.Build:input_type -> agent.v1.BuildRequest
+	40, // 62: agent.v1.AgentService.GetBuild:input_type -> agent.v1.GetBuildRequest
+	15, // 63: agent.v1.AgentService.CancelBuild:input_type -> agent.v1.CancelBuildRequest
+	17, // 64: agent.v1.AgentService.PutFile:input_type -> agent.v1.PutFileRequest
+	19, // 65: agent.v1.AgentService.Push:input_type -> agent.v1.PushRequest
+	42, // 66: agent.v1.AgentService.RemoveTemplate:input_type -> agent.v1.RemoveTemplateRequest
+	5,  // 67: agent.v1.AgentService.Pause:input_type -> agent.v1.PauseRequest
+	7,  // 68: agent.v1.AgentService.Resume:input_type -> agent.v1.ResumeRequest
+	9,  // 69: agent.v1.AgentService.Snapshot:input_type -> agent.v1.SnapshotRequest
+	11, // 70: agent.v1.AgentService.Rollback:input_type -> agent.v1.RollbackRequest
+	13, // 71: agent.v1.AgentService.RemoveCheckpoint:input_type -> agent.v1.RemoveCheckpointRequest
+	24, // 72: agent.v1.AgentService.Create:output_type -> agent.v1.CreateResponse
+	26, // 73: agent.v1.AgentService.Get:output_type -> agent.v1.GetResponse
+	28, // 74: agent.v1.AgentService.Kill:output_type -> agent.v1.KillResponse
+	30, // 75: agent.v1.AgentService.SetTimeout:output_type -> agent.v1.SetTimeoutResponse
+	33, // 76: agent.v1.AgentService.Metrics:output_type -> agent.v1.MetricsResponse
+	36, // 77: agent.v1.AgentService.Logs:output_type -> agent.v1.LogsResponse
+	39, // 78: agent.v1.AgentService.Build:output_type -> agent.v1.BuildResponse
+	41, // 79: agent.v1.AgentService.GetBuild:output_type -> agent.v1.GetBuildResponse
+	16, // 80: agent.v1.AgentService.CancelBuild:output_type -> agent.v1.CancelBuildResponse
+	18, // 81: agent.v1.AgentService.PutFile:output_type -> agent.v1.PutFileResponse
+	20, // 82: agent.v1.AgentService.Push:output_type -> agent.v1.PushResponse
+	43, // 83: agent.v1.AgentService.RemoveTemplate:output_type -> agent.v1.RemoveTemplateResponse
+	6,  // 84: agent.v1.AgentService.Pause:output_type -> agent.v1.PauseResponse
+	8,  // 85: agent.v1.AgentService.Resume:output_type -> agent.v1.ResumeResponse
+	10, // 86: agent.v1.AgentService.Snapshot:output_type -> agent.v1.SnapshotResponse
+	12, // 87: agent.v1.AgentService.Rollback:output_type -> agent.v1.RollbackResponse
+	14, // 88: agent.v1.AgentService.RemoveCheckpoint:output_type -> agent.v1.RemoveCheckpointResponse
+	72, // [72:89] is the sub-list for method output_type
+	55, // [55:72] is the sub-list for method input_type
+	55, // [55:55] is the sub-list for extension type_name
+	55, // [55:55] is the sub-list for extension extendee
+	0,  // [0:55] is the sub-list for field type_name
 }
 
 func init() { file_agent_v1_agent_proto_init() }
@@ -1937,13 +3503,14 @@ func file_agent_v1_agent_proto_init() {
 	if File_agent_v1_agent_proto != nil {
 		return
 	}
+	file_agent_v1_agent_proto_msgTypes[4].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_v1_agent_proto_rawDesc), len(file_agent_v1_agent_proto_rawDesc)),
-			NumEnums:      2,
-			NumMessages:   27,
+			NumEnums:      3,
+			NumMessages:   47,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

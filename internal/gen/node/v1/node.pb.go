@@ -36,6 +36,7 @@ type RegisterRequest struct {
 	Capacity      *v1.Resources          `protobuf:"bytes,7,opt,name=capacity,proto3" json:"capacity,omitempty"`
 	Labels        map[string]string      `protobuf:"bytes,8,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	ImageDigests  []string               `protobuf:"bytes,9,rep,name=image_digests,json=imageDigests,proto3" json:"image_digests,omitempty"`
+	CheckpointIds []string               `protobuf:"bytes,10,rep,name=checkpoint_ids,json=checkpointIds,proto3" json:"checkpoint_ids,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -129,6 +130,13 @@ func (x *RegisterRequest) GetLabels() map[string]string {
 func (x *RegisterRequest) GetImageDigests() []string {
 	if x != nil {
 		return x.ImageDigests
+	}
+	return nil
+}
+
+func (x *RegisterRequest) GetCheckpointIds() []string {
+	if x != nil {
+		return x.CheckpointIds
 	}
 	return nil
 }
@@ -337,7 +345,7 @@ type Change struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
 	Sequence int64                  `protobuf:"varint,1,opt,name=sequence,proto3" json:"sequence,omitempty"`
 	Time     *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=time,proto3" json:"time,omitempty"`
-	// created, started, timeout_set, killed, timed_out, failed, lost, adopted.
+	// created, started, timeout_set, killed, timed_out, failed, lost, adopted, paused, resumed, snapshotted, rolled_back.
 	Type          string      `protobuf:"bytes,3,opt,name=type,proto3" json:"type,omitempty"`
 	Sandbox       *v1.Sandbox `protobuf:"bytes,4,opt,name=sandbox,proto3" json:"sandbox,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -450,7 +458,7 @@ var File_node_v1_node_proto protoreflect.FileDescriptor
 
 const file_node_v1_node_proto_rawDesc = "" +
 	"\n" +
-	"\x12node/v1/node.proto\x12\anode.v1\x1a\x14agent/v1/agent.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x8e\x03\n" +
+	"\x12node/v1/node.proto\x12\anode.v1\x1a\x14agent/v1/agent.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb5\x03\n" +
 	"\x0fRegisterRequest\x12\x17\n" +
 	"\anode_id\x18\x01 \x01(\tR\x06nodeId\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x18\n" +
@@ -460,7 +468,9 @@ const file_node_v1_node_proto_rawDesc = "" +
 	"\aengines\x18\x06 \x03(\v2\x0f.node.v1.EngineR\aengines\x12/\n" +
 	"\bcapacity\x18\a \x01(\v2\x13.agent.v1.ResourcesR\bcapacity\x12<\n" +
 	"\x06labels\x18\b \x03(\v2$.node.v1.RegisterRequest.LabelsEntryR\x06labels\x12#\n" +
-	"\rimage_digests\x18\t \x03(\tR\fimageDigests\x1a9\n" +
+	"\rimage_digests\x18\t \x03(\tR\fimageDigests\x12%\n" +
+	"\x0echeckpoint_ids\x18\n" +
+	" \x03(\tR\rcheckpointIds\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"Z\n" +

@@ -50,9 +50,27 @@ const (
 	AgentServiceBuildProcedure = "/agent.v1.AgentService/Build"
 	// AgentServiceGetBuildProcedure is the fully-qualified name of the AgentService's GetBuild RPC.
 	AgentServiceGetBuildProcedure = "/agent.v1.AgentService/GetBuild"
+	// AgentServiceCancelBuildProcedure is the fully-qualified name of the AgentService's CancelBuild
+	// RPC.
+	AgentServiceCancelBuildProcedure = "/agent.v1.AgentService/CancelBuild"
+	// AgentServicePutFileProcedure is the fully-qualified name of the AgentService's PutFile RPC.
+	AgentServicePutFileProcedure = "/agent.v1.AgentService/PutFile"
+	// AgentServicePushProcedure is the fully-qualified name of the AgentService's Push RPC.
+	AgentServicePushProcedure = "/agent.v1.AgentService/Push"
 	// AgentServiceRemoveTemplateProcedure is the fully-qualified name of the AgentService's
 	// RemoveTemplate RPC.
 	AgentServiceRemoveTemplateProcedure = "/agent.v1.AgentService/RemoveTemplate"
+	// AgentServicePauseProcedure is the fully-qualified name of the AgentService's Pause RPC.
+	AgentServicePauseProcedure = "/agent.v1.AgentService/Pause"
+	// AgentServiceResumeProcedure is the fully-qualified name of the AgentService's Resume RPC.
+	AgentServiceResumeProcedure = "/agent.v1.AgentService/Resume"
+	// AgentServiceSnapshotProcedure is the fully-qualified name of the AgentService's Snapshot RPC.
+	AgentServiceSnapshotProcedure = "/agent.v1.AgentService/Snapshot"
+	// AgentServiceRollbackProcedure is the fully-qualified name of the AgentService's Rollback RPC.
+	AgentServiceRollbackProcedure = "/agent.v1.AgentService/Rollback"
+	// AgentServiceRemoveCheckpointProcedure is the fully-qualified name of the AgentService's
+	// RemoveCheckpoint RPC.
+	AgentServiceRemoveCheckpointProcedure = "/agent.v1.AgentService/RemoveCheckpoint"
 )
 
 // AgentServiceClient is a client for the agent.v1.AgentService service.
@@ -69,7 +87,24 @@ type AgentServiceClient interface {
 	Build(context.Context, *v1.BuildRequest) (*v1.BuildResponse, error)
 	// GetBuild returns the state of a build and its log from an offset on; it waits up to `wait` for something new.
 	GetBuild(context.Context, *v1.GetBuildRequest) (*v1.GetBuildResponse, error)
+	// CancelBuild ends a build that is under way; its state becomes failed. An ended build is FAILED_PRECONDITION.
+	CancelBuild(context.Context, *v1.CancelBuildRequest) (*v1.CancelBuildResponse, error)
+	// PutFile stores a part of a file that build steps copy from; without data it only says how much of it is there.
+	PutFile(context.Context, *v1.PutFileRequest) (*v1.PutFileResponse, error)
+	// Push starts writing a template's image to a registry or an archive; GetBuild and CancelBuild follow it like a build.
+	Push(context.Context, *v1.PushRequest) (*v1.PushResponse, error)
 	RemoveTemplate(context.Context, *v1.RemoveTemplateRequest) (*v1.RemoveTemplateResponse, error)
+	// Pause saves a running sandbox and frees its processor time and memory. A paused one is FAILED_PRECONDITION.
+	Pause(context.Context, *v1.PauseRequest) (*v1.PauseResponse, error)
+	// Resume makes a paused sandbox run again, after the same admission as a create. A running one is answered as it is,
+	// with its timeout treated as SetTimeout does.
+	Resume(context.Context, *v1.ResumeRequest) (*v1.ResumeResponse, error)
+	// Snapshot saves a sandbox, which goes on, as a checkpoint that Create and Rollback can start from.
+	Snapshot(context.Context, *v1.SnapshotRequest) (*v1.SnapshotResponse, error)
+	// Rollback makes a sandbox, running or paused, go on from a checkpoint of itself. Its id and end stay.
+	Rollback(context.Context, *v1.RollbackRequest) (*v1.RollbackResponse, error)
+	// RemoveCheckpoint deletes a checkpoint as soon as nothing starts from it. An unknown one is no error.
+	RemoveCheckpoint(context.Context, *v1.RemoveCheckpointRequest) (*v1.RemoveCheckpointResponse, error)
 }
 
 // NewAgentServiceClient constructs a client for the agent.v1.AgentService service. By default, it
@@ -131,10 +166,58 @@ func NewAgentServiceClient(httpClient connect.HTTPClient, baseURL string, opts .
 			connect.WithSchema(agentServiceMethods.ByName("GetBuild")),
 			connect.WithClientOptions(opts...),
 		),
+		cancelBuild: connect.NewClient[v1.CancelBuildRequest, v1.CancelBuildResponse](
+			httpClient,
+			baseURL+AgentServiceCancelBuildProcedure,
+			connect.WithSchema(agentServiceMethods.ByName("CancelBuild")),
+			connect.WithClientOptions(opts...),
+		),
+		putFile: connect.NewClient[v1.PutFileRequest, v1.PutFileResponse](
+			httpClient,
+			baseURL+AgentServicePutFileProcedure,
+			connect.WithSchema(agentServiceMethods.ByName("PutFile")),
+			connect.WithClientOptions(opts...),
+		),
+		push: connect.NewClient[v1.PushRequest, v1.PushResponse](
+			httpClient,
+			baseURL+AgentServicePushProcedure,
+			connect.WithSchema(agentServiceMethods.ByName("Push")),
+			connect.WithClientOptions(opts...),
+		),
 		removeTemplate: connect.NewClient[v1.RemoveTemplateRequest, v1.RemoveTemplateResponse](
 			httpClient,
 			baseURL+AgentServiceRemoveTemplateProcedure,
 			connect.WithSchema(agentServiceMethods.ByName("RemoveTemplate")),
+			connect.WithClientOptions(opts...),
+		),
+		pause: connect.NewClient[v1.PauseRequest, v1.PauseResponse](
+			httpClient,
+			baseURL+AgentServicePauseProcedure,
+			connect.WithSchema(agentServiceMethods.ByName("Pause")),
+			connect.WithClientOptions(opts...),
+		),
+		resume: connect.NewClient[v1.ResumeRequest, v1.ResumeResponse](
+			httpClient,
+			baseURL+AgentServiceResumeProcedure,
+			connect.WithSchema(agentServiceMethods.ByName("Resume")),
+			connect.WithClientOptions(opts...),
+		),
+		snapshot: connect.NewClient[v1.SnapshotRequest, v1.SnapshotResponse](
+			httpClient,
+			baseURL+AgentServiceSnapshotProcedure,
+			connect.WithSchema(agentServiceMethods.ByName("Snapshot")),
+			connect.WithClientOptions(opts...),
+		),
+		rollback: connect.NewClient[v1.RollbackRequest, v1.RollbackResponse](
+			httpClient,
+			baseURL+AgentServiceRollbackProcedure,
+			connect.WithSchema(agentServiceMethods.ByName("Rollback")),
+			connect.WithClientOptions(opts...),
+		),
+		removeCheckpoint: connect.NewClient[v1.RemoveCheckpointRequest, v1.RemoveCheckpointResponse](
+			httpClient,
+			baseURL+AgentServiceRemoveCheckpointProcedure,
+			connect.WithSchema(agentServiceMethods.ByName("RemoveCheckpoint")),
 			connect.WithClientOptions(opts...),
 		),
 	}
@@ -142,15 +225,23 @@ func NewAgentServiceClient(httpClient connect.HTTPClient, baseURL string, opts .
 
 // agentServiceClient implements AgentServiceClient.
 type agentServiceClient struct {
-	create         *connect.Client[v1.CreateRequest, v1.CreateResponse]
-	get            *connect.Client[v1.GetRequest, v1.GetResponse]
-	kill           *connect.Client[v1.KillRequest, v1.KillResponse]
-	setTimeout     *connect.Client[v1.SetTimeoutRequest, v1.SetTimeoutResponse]
-	metrics        *connect.Client[v1.MetricsRequest, v1.MetricsResponse]
-	logs           *connect.Client[v1.LogsRequest, v1.LogsResponse]
-	build          *connect.Client[v1.BuildRequest, v1.BuildResponse]
-	getBuild       *connect.Client[v1.GetBuildRequest, v1.GetBuildResponse]
-	removeTemplate *connect.Client[v1.RemoveTemplateRequest, v1.RemoveTemplateResponse]
+	create           *connect.Client[v1.CreateRequest, v1.CreateResponse]
+	get              *connect.Client[v1.GetRequest, v1.GetResponse]
+	kill             *connect.Client[v1.KillRequest, v1.KillResponse]
+	setTimeout       *connect.Client[v1.SetTimeoutRequest, v1.SetTimeoutResponse]
+	metrics          *connect.Client[v1.MetricsRequest, v1.MetricsResponse]
+	logs             *connect.Client[v1.LogsRequest, v1.LogsResponse]
+	build            *connect.Client[v1.BuildRequest, v1.BuildResponse]
+	getBuild         *connect.Client[v1.GetBuildRequest, v1.GetBuildResponse]
+	cancelBuild      *connect.Client[v1.CancelBuildRequest, v1.CancelBuildResponse]
+	putFile          *connect.Client[v1.PutFileRequest, v1.PutFileResponse]
+	push             *connect.Client[v1.PushRequest, v1.PushResponse]
+	removeTemplate   *connect.Client[v1.RemoveTemplateRequest, v1.RemoveTemplateResponse]
+	pause            *connect.Client[v1.PauseRequest, v1.PauseResponse]
+	resume           *connect.Client[v1.ResumeRequest, v1.ResumeResponse]
+	snapshot         *connect.Client[v1.SnapshotRequest, v1.SnapshotResponse]
+	rollback         *connect.Client[v1.RollbackRequest, v1.RollbackResponse]
+	removeCheckpoint *connect.Client[v1.RemoveCheckpointRequest, v1.RemoveCheckpointResponse]
 }
 
 // Create calls agent.v1.AgentService.Create.
@@ -225,9 +316,81 @@ func (c *agentServiceClient) GetBuild(ctx context.Context, req *v1.GetBuildReque
 	return nil, err
 }
 
+// CancelBuild calls agent.v1.AgentService.CancelBuild.
+func (c *agentServiceClient) CancelBuild(ctx context.Context, req *v1.CancelBuildRequest) (*v1.CancelBuildResponse, error) {
+	response, err := c.cancelBuild.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// PutFile calls agent.v1.AgentService.PutFile.
+func (c *agentServiceClient) PutFile(ctx context.Context, req *v1.PutFileRequest) (*v1.PutFileResponse, error) {
+	response, err := c.putFile.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// Push calls agent.v1.AgentService.Push.
+func (c *agentServiceClient) Push(ctx context.Context, req *v1.PushRequest) (*v1.PushResponse, error) {
+	response, err := c.push.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
 // RemoveTemplate calls agent.v1.AgentService.RemoveTemplate.
 func (c *agentServiceClient) RemoveTemplate(ctx context.Context, req *v1.RemoveTemplateRequest) (*v1.RemoveTemplateResponse, error) {
 	response, err := c.removeTemplate.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// Pause calls agent.v1.AgentService.Pause.
+func (c *agentServiceClient) Pause(ctx context.Context, req *v1.PauseRequest) (*v1.PauseResponse, error) {
+	response, err := c.pause.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// Resume calls agent.v1.AgentService.Resume.
+func (c *agentServiceClient) Resume(ctx context.Context, req *v1.ResumeRequest) (*v1.ResumeResponse, error) {
+	response, err := c.resume.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// Snapshot calls agent.v1.AgentService.Snapshot.
+func (c *agentServiceClient) Snapshot(ctx context.Context, req *v1.SnapshotRequest) (*v1.SnapshotResponse, error) {
+	response, err := c.snapshot.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// Rollback calls agent.v1.AgentService.Rollback.
+func (c *agentServiceClient) Rollback(ctx context.Context, req *v1.RollbackRequest) (*v1.RollbackResponse, error) {
+	response, err := c.rollback.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// RemoveCheckpoint calls agent.v1.AgentService.RemoveCheckpoint.
+func (c *agentServiceClient) RemoveCheckpoint(ctx context.Context, req *v1.RemoveCheckpointRequest) (*v1.RemoveCheckpointResponse, error) {
+	response, err := c.removeCheckpoint.CallUnary(ctx, connect.NewRequest(req))
 	if response != nil {
 		return response.Msg, err
 	}
@@ -248,7 +411,24 @@ type AgentServiceHandler interface {
 	Build(context.Context, *v1.BuildRequest) (*v1.BuildResponse, error)
 	// GetBuild returns the state of a build and its log from an offset on; it waits up to `wait` for something new.
 	GetBuild(context.Context, *v1.GetBuildRequest) (*v1.GetBuildResponse, error)
+	// CancelBuild ends a build that is under way; its state becomes failed. An ended build is FAILED_PRECONDITION.
+	CancelBuild(context.Context, *v1.CancelBuildRequest) (*v1.CancelBuildResponse, error)
+	// PutFile stores a part of a file that build steps copy from; without data it only says how much of it is there.
+	PutFile(context.Context, *v1.PutFileRequest) (*v1.PutFileResponse, error)
+	// Push starts writing a template's image to a registry or an archive; GetBuild and CancelBuild follow it like a build.
+	Push(context.Context, *v1.PushRequest) (*v1.PushResponse, error)
 	RemoveTemplate(context.Context, *v1.RemoveTemplateRequest) (*v1.RemoveTemplateResponse, error)
+	// Pause saves a running sandbox and frees its processor time and memory. A paused one is FAILED_PRECONDITION.
+	Pause(context.Context, *v1.PauseRequest) (*v1.PauseResponse, error)
+	// Resume makes a paused sandbox run again, after the same admission as a create. A running one is answered as it is,
+	// with its timeout treated as SetTimeout does.
+	Resume(context.Context, *v1.ResumeRequest) (*v1.ResumeResponse, error)
+	// Snapshot saves a sandbox, which goes on, as a checkpoint that Create and Rollback can start from.
+	Snapshot(context.Context, *v1.SnapshotRequest) (*v1.SnapshotResponse, error)
+	// Rollback makes a sandbox, running or paused, go on from a checkpoint of itself. Its id and end stay.
+	Rollback(context.Context, *v1.RollbackRequest) (*v1.RollbackResponse, error)
+	// RemoveCheckpoint deletes a checkpoint as soon as nothing starts from it. An unknown one is no error.
+	RemoveCheckpoint(context.Context, *v1.RemoveCheckpointRequest) (*v1.RemoveCheckpointResponse, error)
 }
 
 // NewAgentServiceHandler builds an HTTP handler from the service implementation. It returns the
@@ -306,10 +486,58 @@ func NewAgentServiceHandler(svc AgentServiceHandler, opts ...connect.HandlerOpti
 		connect.WithSchema(agentServiceMethods.ByName("GetBuild")),
 		connect.WithHandlerOptions(opts...),
 	)
+	agentServiceCancelBuildHandler := connect.NewUnaryHandlerSimple(
+		AgentServiceCancelBuildProcedure,
+		svc.CancelBuild,
+		connect.WithSchema(agentServiceMethods.ByName("CancelBuild")),
+		connect.WithHandlerOptions(opts...),
+	)
+	agentServicePutFileHandler := connect.NewUnaryHandlerSimple(
+		AgentServicePutFileProcedure,
+		svc.PutFile,
+		connect.WithSchema(agentServiceMethods.ByName("PutFile")),
+		connect.WithHandlerOptions(opts...),
+	)
+	agentServicePushHandler := connect.NewUnaryHandlerSimple(
+		AgentServicePushProcedure,
+		svc.Push,
+		connect.WithSchema(agentServiceMethods.ByName("Push")),
+		connect.WithHandlerOptions(opts...),
+	)
 	agentServiceRemoveTemplateHandler := connect.NewUnaryHandlerSimple(
 		AgentServiceRemoveTemplateProcedure,
 		svc.RemoveTemplate,
 		connect.WithSchema(agentServiceMethods.ByName("RemoveTemplate")),
+		connect.WithHandlerOptions(opts...),
+	)
+	agentServicePauseHandler := connect.NewUnaryHandlerSimple(
+		AgentServicePauseProcedure,
+		svc.Pause,
+		connect.WithSchema(agentServiceMethods.ByName("Pause")),
+		connect.WithHandlerOptions(opts...),
+	)
+	agentServiceResumeHandler := connect.NewUnaryHandlerSimple(
+		AgentServiceResumeProcedure,
+		svc.Resume,
+		connect.WithSchema(agentServiceMethods.ByName("Resume")),
+		connect.WithHandlerOptions(opts...),
+	)
+	agentServiceSnapshotHandler := connect.NewUnaryHandlerSimple(
+		AgentServiceSnapshotProcedure,
+		svc.Snapshot,
+		connect.WithSchema(agentServiceMethods.ByName("Snapshot")),
+		connect.WithHandlerOptions(opts...),
+	)
+	agentServiceRollbackHandler := connect.NewUnaryHandlerSimple(
+		AgentServiceRollbackProcedure,
+		svc.Rollback,
+		connect.WithSchema(agentServiceMethods.ByName("Rollback")),
+		connect.WithHandlerOptions(opts...),
+	)
+	agentServiceRemoveCheckpointHandler := connect.NewUnaryHandlerSimple(
+		AgentServiceRemoveCheckpointProcedure,
+		svc.RemoveCheckpoint,
+		connect.WithSchema(agentServiceMethods.ByName("RemoveCheckpoint")),
 		connect.WithHandlerOptions(opts...),
 	)
 	return "/agent.v1.AgentService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -330,8 +558,24 @@ func NewAgentServiceHandler(svc AgentServiceHandler, opts ...connect.HandlerOpti
 			agentServiceBuildHandler.ServeHTTP(w, r)
 		case AgentServiceGetBuildProcedure:
 			agentServiceGetBuildHandler.ServeHTTP(w, r)
+		case AgentServiceCancelBuildProcedure:
+			agentServiceCancelBuildHandler.ServeHTTP(w, r)
+		case AgentServicePutFileProcedure:
+			agentServicePutFileHandler.ServeHTTP(w, r)
+		case AgentServicePushProcedure:
+			agentServicePushHandler.ServeHTTP(w, r)
 		case AgentServiceRemoveTemplateProcedure:
 			agentServiceRemoveTemplateHandler.ServeHTTP(w, r)
+		case AgentServicePauseProcedure:
+			agentServicePauseHandler.ServeHTTP(w, r)
+		case AgentServiceResumeProcedure:
+			agentServiceResumeHandler.ServeHTTP(w, r)
+		case AgentServiceSnapshotProcedure:
+			agentServiceSnapshotHandler.ServeHTTP(w, r)
+		case AgentServiceRollbackProcedure:
+			agentServiceRollbackHandler.ServeHTTP(w, r)
+		case AgentServiceRemoveCheckpointProcedure:
+			agentServiceRemoveCheckpointHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -373,6 +617,38 @@ func (UnimplementedAgentServiceHandler) GetBuild(context.Context, *v1.GetBuildRe
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("agent.v1.AgentService.GetBuild is not implemented"))
 }
 
+func (UnimplementedAgentServiceHandler) CancelBuild(context.Context, *v1.CancelBuildRequest) (*v1.CancelBuildResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("agent.v1.AgentService.CancelBuild is not implemented"))
+}
+
+func (UnimplementedAgentServiceHandler) PutFile(context.Context, *v1.PutFileRequest) (*v1.PutFileResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("agent.v1.AgentService.PutFile is not implemented"))
+}
+
+func (UnimplementedAgentServiceHandler) Push(context.Context, *v1.PushRequest) (*v1.PushResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("agent.v1.AgentService.Push is not implemented"))
+}
+
 func (UnimplementedAgentServiceHandler) RemoveTemplate(context.Context, *v1.RemoveTemplateRequest) (*v1.RemoveTemplateResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("agent.v1.AgentService.RemoveTemplate is not implemented"))
+}
+
+func (UnimplementedAgentServiceHandler) Pause(context.Context, *v1.PauseRequest) (*v1.PauseResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("agent.v1.AgentService.Pause is not implemented"))
+}
+
+func (UnimplementedAgentServiceHandler) Resume(context.Context, *v1.ResumeRequest) (*v1.ResumeResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("agent.v1.AgentService.Resume is not implemented"))
+}
+
+func (UnimplementedAgentServiceHandler) Snapshot(context.Context, *v1.SnapshotRequest) (*v1.SnapshotResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("agent.v1.AgentService.Snapshot is not implemented"))
+}
+
+func (UnimplementedAgentServiceHandler) Rollback(context.Context, *v1.RollbackRequest) (*v1.RollbackResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("agent.v1.AgentService.Rollback is not implemented"))
+}
+
+func (UnimplementedAgentServiceHandler) RemoveCheckpoint(context.Context, *v1.RemoveCheckpointRequest) (*v1.RemoveCheckpointResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("agent.v1.AgentService.RemoveCheckpoint is not implemented"))
 }
