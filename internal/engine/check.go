@@ -53,6 +53,7 @@ func (s Spec) checkPaths() error {
 		{"root file system", s.RootFS, false},
 		{"scratch directory", s.ScratchDir, false},
 		{"network namespace", s.NetNS, true},
+		{"checkpoint", s.Checkpoint, true},
 	} {
 		if p.optional && p.path == "" {
 			continue
@@ -65,6 +66,9 @@ func (s Spec) checkPaths() error {
 }
 
 func (s Spec) checkProgram() error {
+	if s.Checkpoint != "" && len(s.Args) == 0 {
+		return nil // a checkpoint of memory needs none; an engine refuses others
+	}
 	if len(s.Args) == 0 || s.Args[0] == "" {
 		return sandbox.Invalidf("sandbox %s: no program to run: want at least one argument", s.ID)
 	}

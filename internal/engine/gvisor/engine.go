@@ -158,6 +158,7 @@ func newConf(root string) (*config.Config, error) {
 		"--allow-suid=true",
 		"--net-raw=true",
 		"--host-settings=ignore",
+		"--restore-spec-validation=ignore",
 		"--sidecar-usage-policy=LEGACY_DEPRECATED_SLOW_EMBEDDED_FALLBACK",
 	})
 	if err != nil {
@@ -168,8 +169,9 @@ func newConf(root string) (*config.Config, error) {
 
 // Caps says what this engine can do here.
 func (e *Engine) Caps() engine.Caps {
-	caps := engine.Caps{Name: "gvisor", Version: moduleVersion()}
-	caps.Capabilities = append(caps.Capabilities, "disk_limit", "memory_limit", "cpu_limit")
+	caps := engine.Caps{Name: engineName, Version: moduleVersion()}
+	caps.Capabilities = append(caps.Capabilities, "disk_limit", "memory_limit", "cpu_limit",
+		"save_memory", "save_files", "save_layer")
 	if e.cgroups.unified() {
 		caps.Capabilities = append(caps.Capabilities, "cgroup_v2")
 	} else {

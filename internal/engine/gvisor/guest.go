@@ -29,6 +29,9 @@ type record struct {
 	StartTicks  uint64    `json:"start_ticks"`
 	StartedAt   time.Time `json:"started_at"`
 	MemoryBytes int64     `json:"memory_bytes"`
+	// Limits and Hostname are what a checkpoint of the guest says of it.
+	Limits   sandbox.Resources `json:"limits"`
+	Hostname string            `json:"hostname"`
 	// Device and Inode name the file that holds what the guest wrote.
 	Device uint64 `json:"device"`
 	Inode  uint64 `json:"inode"`

@@ -17,12 +17,11 @@ import (
 	"github.com/cloister-dev/cloister/internal/sandbox"
 )
 
-const (
-	guestPort = 9000
-	hostSide  = "198.51.100.1/30"
-	guestSide = "198.51.100.2/30"
-	guestHost = "198.51.100.2"
-)
+const guestPort = 9000
+
+// hostSide and guestSide are the two ends of the wire with number n.
+func hostSide(n int) string  { return fmt.Sprintf("198.51.100.%d/30", 4*n+1) }
+func guestSide(n int) string { return fmt.Sprintf("198.51.100.%d/30", 4*n+2) }
 
 // wire is a network namespace that a guest's address lives in, joined to the machine by a veth pair.
 type wire struct {
@@ -32,13 +31,19 @@ type wire struct {
 // newWire makes a network for one guest. Tests use one at a time.
 func newWire(tb testing.TB) wire {
 	tb.Helper()
+	return newWireAt(tb, 0)
+}
+
+// newWireAt makes a network for one guest with addresses of its own, for n up to 63.
+func newWireAt(tb testing.TB, n int) wire {
+	tb.Helper()
 	needHost(tb)
-	if err := rangeIsFree(); err != nil {
+	if err := rangeIsFree(hostSide(n)); err != nil {
 		tb.Fatal(err)
 	}
 	name := "gv" + string(sandbox.NewNodeID())
 	done := make(chan error)
-	go func() { done <- makeWire(name) }()
+	go func() { done <- makeWire(name, n) }()
 	if err := <-done; err != nil {
 		tb.Fatal(err)
 	}
@@ -52,12 +57,12 @@ func newWire(tb testing.TB) wire {
 			tb.Error(err)
 		}
 	})
-	return wire{path: "/run/netns/" + name, address: net.JoinHostPort(guestHost, strconv.Itoa(guestPort))}
+	return wire{path: "/run/netns/" + name, address: net.JoinHostPort(strings.TrimSuffix(guestSide(n), "/30"), strconv.Itoa(guestPort))}
 }
 
 // rangeIsFree refuses to take addresses away from the machine: only a default route may lead to the tests' range.
-func rangeIsFree() error {
-	_, ours, err := net.ParseCIDR(hostSide)
+func rangeIsFree(address string) error {
+	_, ours, err := net.ParseCIDR(address)
 	if err != nil {
 		return err
 	}
@@ -80,7 +85,7 @@ func rangeIsFree() error {
 }
 
 // makeWire runs on a thread of its own, which ends with it.
-func makeWire(name string) error {
+func makeWire(name string, n int) error {
 	runtime.LockOSThread()
 	host, err := netns.Get()
 	if err != nil {
@@ -106,7 +111,7 @@ func makeWire(name string) error {
 		return err
 	}
 	defer h.Close()
-	if err := raise(h, "eth0", guestSide); err != nil {
+	if err := raise(h, "eth0", guestSide(n)); err != nil {
 		return err
 	}
 	if err := raise(h, "lo", "127.0.0.1/8"); err != nil {
@@ -117,7 +122,7 @@ func makeWire(name string) error {
 		return err
 	}
 	defer own.Close()
-	return raise(own, name, hostSide)
+	return raise(own, name, hostSide(n))
 }
 
 // raise gives a link an address and turns it on.

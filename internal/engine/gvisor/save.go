@@ -2,17 +2,213 @@ package gvisor
 
 import (
 	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"gvisor.dev/gvisor/pkg/sentry/control"
+	"gvisor.dev/gvisor/pkg/sentry/state/checkpointfiles"
+	"gvisor.dev/gvisor/pkg/state/statefile"
+	"gvisor.dev/gvisor/pkg/urpc"
+	runscboot "gvisor.dev/gvisor/runsc/boot"
 
 	"github.com/cloister-dev/cloister/internal/engine"
 	"github.com/cloister-dev/cloister/internal/sandbox"
 )
 
-// Save writes a guest's state. See engine.Engine.
-func (e *Engine) Save(context.Context, sandbox.ID, engine.SaveSpec) (engine.Saved, error) {
-	return engine.Saved{}, sandbox.Unsupportedf("gvisor: saving a guest is not supported by this version")
+const (
+	// thawTimeout bounds how long a save that failed tries to let its guest go on.
+	thawTimeout = 30 * time.Second
+)
+
+// saving is one guest's state on its way to a directory.
+type saving struct {
+	e    *Engine
+	g    *guest
+	spec engine.SaveSpec
+	// files are those that gVisor writes, in the order of kindFiles.
+	files []*os.File
+	// disk is the file that holds what the guest wrote.
+	disk *os.File
+	// diskBytes is what it occupied at the moment of the save.
+	diskBytes int64
+	// shared is how much of the files was cloned, not copied, in bytes.
+	shared int64
 }
 
-// Thaw lets a guest go on. See engine.Engine.
-func (e *Engine) Thaw(context.Context, sandbox.ID) error {
-	return sandbox.Unsupportedf("gvisor: saving a guest is not supported by this version")
+// Save writes a guest's state. See engine.Engine.
+func (e *Engine) Save(ctx context.Context, id sandbox.ID, spec engine.SaveSpec) (engine.Saved, error) {
+	g, err := e.find(id)
+	if err != nil {
+		return engine.Saved{}, err
+	}
+	if !g.running() {
+		return engine.Saved{}, notFound(id)
+	}
+	if kindFiles(spec.Kind) == nil {
+		return engine.Saved{}, sandbox.Unsupportedf("save %s: no such kind as %.40q", id, spec.Kind)
+	}
+	s := &saving{e: e, g: g, spec: spec}
+	defer s.close()
+	saved, err := s.run(ctx)
+	if err != nil {
+		return engine.Saved{}, fmt.Errorf("save %s: %w", id, explainSave(err))
+	}
+	return saved, nil
+}
+
+// run saves the guest, which stands still before and after, if at all, only as the spec says.
+func (s *saving) run(ctx context.Context) (engine.Saved, error) {
+	if err := s.open(); err != nil {
+		return engine.Saved{}, err
+	}
+	stood, err := s.e.settle(ctx, s.g)
+	if err != nil {
+		return engine.Saved{}, err
+	}
+	saved, err := s.write(ctx)
+	if err == nil && s.spec.Hold || err != nil && stood {
+		return saved, err
+	}
+	undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), thawTimeout)
+	defer cancel()
+	return saved, errors.Join(err, s.e.thaw(undo, s.g))
+}
+
+// open makes the files, and opens the guest's disk.
+func (s *saving) open() error {
+	entries, err := os.ReadDir(s.spec.Dir)
+	switch {
+	case errors.Is(err, os.ErrNotExist):
+		return sandbox.Invalidf("directory %s does not exist", s.spec.Dir)
+	case err != nil:
+		return err
+	case len(entries) > 0:
+		return sandbox.Invalidf("directory %s is not empty: it has %.80q", s.spec.Dir, entries[0].Name())
+	}
+	for _, name := range kindFiles(s.spec.Kind) {
+		f, err := os.OpenFile(filepath.Join(s.spec.Dir, name), os.O_RDWR|os.O_CREATE|os.O_EXCL, fileMode) //nolint:gosec // the caller's directory
+		if err != nil {
+			return err
+		}
+		s.files = append(s.files, f)
+	}
+	s.g.diskBytes() // finds the descriptor
+	s.g.mu.Lock()
+	fd := s.g.diskFD
+	s.g.mu.Unlock()
+	if s.disk, err = os.Open(filepath.Join("/proc", strconv.Itoa(s.g.proc.pid), "fd", strconv.Itoa(fd))); err != nil {
+		return fmt.Errorf("open the guest's disk: %w", err)
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(int(s.disk.Fd()), &st); err != nil {
+		return fmt.Errorf("read the guest's disk: %w", err)
+	}
+	if st.Dev != s.g.rec.Device || st.Ino != s.g.rec.Inode {
+		return sandbox.Unavailablef("the guest's disk is not where it was")
+	}
+	return nil
+}
+
+// write saves everything and flushes it.
+func (s *saving) write(ctx context.Context) (engine.Saved, error) {
+	if s.spec.Hold {
+		if _, err := s.e.freeze(ctx, s.g); err != nil {
+			return engine.Saved{}, err
+		}
+	}
+	if err := s.ask(ctx); err != nil {
+		return engine.Saved{}, err
+	}
+	s.diskBytes = s.g.diskBytes()
+	return s.complete()
+}
+
+// ask has the sentry write its files.
+func (s *saving) ask(ctx context.Context) error {
+	payload := urpc.FilePayload{Files: s.files}
+	if s.spec.Kind == engine.SaveFiles {
+		return s.e.callWith(ctx, s.g, runscboot.ContMgrFSSave, &runscboot.FSSaveArgs{FilePayload: payload}, nil)
+	}
+	return s.e.callWith(ctx, s.g, runscboot.ContMgrCheckpoint, &control.SaveOpts{
+		Metadata:                       statefile.CompressionLevelNone.ToMetadata(),
+		AppMFExcludeCommittedZeroPages: true,
+		HavePagesFile:                  true,
+		Resume:                         true, // never the other: with it the sentry ends by itself
+		FilePayload:                    payload,
+	}, nil)
+}
+
+// complete flushes the files, and writes the manifest as the last one.
+func (s *saving) complete() (engine.Saved, error) {
+	var wg sync.WaitGroup
+	errs := make([]error, len(s.files))
+	for i, f := range s.files {
+		wg.Go(func() { errs[i] = f.Sync() })
+	}
+	wg.Wait()
+	if err := errors.Join(errs...); err != nil {
+		return engine.Saved{}, fmt.Errorf("flush: %w", err)
+	}
+	m := manifest{
+		Format: manifestFormat, Engine: engineName, Version: moduleVersion(), Arch: runtime.GOARCH,
+		Kind: s.spec.Kind, Limits: s.g.rec.Limits, Hostname: s.g.rec.Hostname, DiskBytes: s.diskBytes, Files: map[string]int64{},
+	}
+	saved := engine.Saved{SharedBytes: s.shared}
+	for i, name := range kindFiles(s.spec.Kind) {
+		var st unix.Stat_t
+		if err := unix.Fstat(int(s.files[i].Fd()), &st); err != nil {
+			return engine.Saved{}, fmt.Errorf("read %s: %w", name, err)
+		}
+		m.Files[name] = st.Size
+		saved.Bytes += st.Blocks * blockSize
+		if name == checkpointfiles.PagesFileName {
+			saved.MemoryBytes = max(st.Size-s.diskBytes, 0)
+		}
+	}
+	saved.Bytes = max(saved.Bytes-s.shared, 0)
+	if s.spec.Kind != engine.SaveMemory {
+		saved.MemoryBytes = 0
+	}
+	if err := writeManifest(s.spec.Dir, m); err != nil {
+		return engine.Saved{}, err
+	}
+	return saved, syncDir(s.spec.Dir)
+}
+
+func (s *saving) close() {
+	for _, f := range s.files {
+		_ = f.Close() // flushed where it matters
+	}
+	if s.disk != nil {
+		_ = s.disk.Close() // opened for reading
+	}
+}
+
+func syncDir(dir string) error {
+	d, err := os.Open(dir) //nolint:gosec // the caller's directory
+	if err != nil {
+		return err
+	}
+	err = d.Sync()
+	return errors.Join(err, d.Close())
+}
+
+// explainSave gives a failed save its kind.
+func explainSave(err error) error {
+	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
+		return fmt.Errorf("%w: the disk is full: %w", sandbox.ErrUnavailable, err)
+	}
+	for _, kind := range []error{sandbox.ErrInvalid, sandbox.ErrUnsupported, sandbox.ErrNotFound, sandbox.ErrUnavailable} {
+		if errors.Is(err, kind) {
+			return err
+		}
+	}
+	return fmt.Errorf("%w: %w", sandbox.ErrUnavailable, err)
 }

@@ -40,6 +40,7 @@ type starting struct {
 	disk   unix.Stat_t
 	boxed  *runsc.Sandbox
 	proc   *process
+	from   manifest // of spec.Checkpoint
 }
 
 // Start makes a guest and runs its first process. See engine.Engine.
@@ -50,7 +51,10 @@ func (e *Engine) Start(ctx context.Context, spec engine.Spec) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	s := e.newStarting(spec)
+	s, err := e.newStarting(spec)
+	if err != nil {
+		return err
+	}
 	if err := e.reserve(spec.ID); err != nil {
 		return err
 	}
@@ -65,15 +69,19 @@ func (e *Engine) Start(ctx context.Context, spec engine.Spec) error {
 	return err
 }
 
-// newStarting prepares a start, without touching the machine.
-func (e *Engine) newStarting(spec engine.Spec) *starting {
+// newStarting prepares a start, without changing anything on the machine.
+func (e *Engine) newStarting(spec engine.Spec) (*starting, error) {
 	bundle := e.bundle(spec.ID)
-	s := &starting{e: e, spec: spec, bundle: bundle, conf: *e.conf, oci: ociSpec(spec, bundle)}
+	from, err := checkpointOf(&spec)
+	if err != nil {
+		return nil, fmt.Errorf("start sandbox %s: %w", spec.ID, err)
+	}
+	s := &starting{e: e, spec: spec, bundle: bundle, conf: *e.conf, oci: ociSpec(spec, bundle), from: from}
 	s.conf.PanicLog = filepath.Join(bundle, panicFile)
 	if spec.NetNS == "" {
 		s.conf.Network = config.NetworkNone
 	}
-	return s
+	return s, nil
 }
 
 // reserve makes the guest's directory, which nobody else may have, and hides it from List until Start returns.
@@ -156,7 +164,7 @@ func (s *starting) create(ctx context.Context) error {
 	for i, f := range tasks {
 		passed[joinFile+i] = f
 	}
-	return s.spawn(ctx, &runsc.Args{
+	args := &runsc.Args{
 		ID: string(id), Spec: s.oci, BundleDir: s.bundle,
 		IOFiles:             []*os.File{image},
 		GoferFilestoreFiles: []*os.File{disk},
@@ -165,7 +173,11 @@ func (s *starting) create(ctx context.Context) error {
 		}},
 		CloneIntoCgroupFD: dir,
 		PassFiles:         passed,
-	})
+	}
+	if s.from.Kind == engine.SaveFiles {
+		args.FSRestoreImagePath = s.spec.Checkpoint
+	}
+	return s.spawn(ctx, args)
 }
 
 // scratch opens the nameless file for what the guest writes.
@@ -207,9 +219,17 @@ func (s *starting) spawn(ctx context.Context, args *runsc.Args) error {
 	return nil
 }
 
-// begin lets the sentry run the guest's first process.
+// begin lets the sentry run the guest's first process, or go on from its checkpoint.
 func (s *starting) begin(ctx context.Context) error {
-	err := s.killable(ctx, func() error { return s.boxed.StartRoot(&s.conf, s.oci) })
+	err := s.killable(ctx, func() error {
+		switch s.from.Kind {
+		case engine.SaveMemory:
+			return s.boxed.Restore(&s.conf, s.oci, string(s.spec.ID), s.spec.Checkpoint, false, false, nil)
+		case engine.SaveFiles:
+			return errors.Join(s.boxed.StartRoot(&s.conf, s.oci), s.boxed.WaitFSRestore(string(s.spec.ID)))
+		}
+		return s.boxed.StartRoot(&s.conf, s.oci)
+	})
 	if err != nil {
 		return fmt.Errorf("start guest %s: %w", s.spec.ID, err)
 	}
@@ -228,7 +248,7 @@ func (s *starting) settle() (*guest, error) {
 	}
 	g := &guest{id: id, bundle: s.bundle, proc: s.proc, diskFD: -1, rec: record{
 		PID: s.proc.pid, StartTicks: s.proc.start, StartedAt: time.Now(), MemoryBytes: s.spec.Limits.MemoryBytes,
-		Device: s.disk.Dev, Inode: s.disk.Ino,
+		Device: s.disk.Dev, Inode: s.disk.Ino, Limits: s.spec.Limits, Hostname: s.oci.Hostname,
 	}}
 	if err := writeRecord(s.bundle, g.rec); err != nil {
 		return nil, fmt.Errorf("start guest %s: %w", id, err)
