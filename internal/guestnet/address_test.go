@@ -158,3 +158,25 @@ func TestConflictDecision(t *testing.T) {
 		t.Error("a second private /8 was found")
 	}
 }
+
+func TestWithout(t *testing.T) {
+	list := []span{{10, 20}, {30, 40}, {50, 60}}
+	for _, tc := range []struct {
+		name  string
+		holes []span
+		want  []span
+	}{
+		{"nothing", nil, list},
+		{"in the middle", []span{{12, 14}}, []span{{10, 12}, {14, 20}, {30, 40}, {50, 60}}},
+		{"one as a whole", []span{{30, 40}}, []span{{10, 20}, {50, 60}}},
+		{"across", []span{{15, 55}}, []span{{10, 15}, {55, 60}}},
+		{"beside", []span{{20, 30}}, list},
+		{"all", []span{{0, 100}}, nil},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			if diff := cmp.Diff(tc.want, without(list, tc.holes), cmp.AllowUnexported(span{})); diff != "" {
+				t.Error(diff)
+			}
+		})
+	}
+}

@@ -26,7 +26,8 @@ type Config struct {
 	Name string
 	// PoolSize is how many networks Run keeps ready; 0 makes each one when it is asked for.
 	PoolSize int
-	// Denied are further destinations that no guest may reach, such as the ranges of other nodes.
+	// Denied are further destinations that no guest may reach, such as the private networks around the machine. It may
+	// cover Range: guests still answer the machine.
 	Denied []netip.Prefix
 	// Resolvers are the name servers that guests are told to use. Port 53 of these is reachable even where a metadata
 	// service, which is always denied, has the same address.

@@ -112,6 +112,22 @@ func TestDenied(t *testing.T) {
 	l.wantNoReach(a, netip.AddrPortFrom(meta.Addr(), web.Port()))
 }
 
+// TestDeniedAround denies everything private, the node's own range included: the machine must still reach its guests.
+func TestDeniedAround(t *testing.T) {
+	l := newLab(t)
+	web := l.serveIn(l.outside, outsideAddr+":0")
+	m := l.manager(func(c *Config) {
+		c.Denied = []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("198.51.0.0/16")}
+	})
+	a, b := l.acquire(m, "sandboxa", true), l.acquire(m, "sandboxb", true)
+	inside := l.serveGuest(b)
+	if _, err := dial(inside); err != nil {
+		t.Errorf("machine to guest: %v", err)
+	}
+	l.wantNoReach(a, web)
+	l.wantNoReach(a, inside)
+}
+
 func TestForgedSource(t *testing.T) {
 	l := newLab(t)
 	m := l.manager()

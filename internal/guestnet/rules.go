@@ -65,12 +65,11 @@ func (r ruleSet) sets() map[*nftables.Set][]nftables.SetElement {
 	ifname, addr := nftables.TypeIFName, nftables.TypeIPAddr
 	pair := nftables.MustConcatSetType(ifname, addr)
 	out := map[*nftables.Set][]nftables.SetElement{
-		{Table: t, Name: setGuests, KeyType: pair}:     nil,
-		{Table: t, Name: setInternet, KeyType: ifname}: nil,
-		{Table: t, Name: setResolvers, KeyType: addr}:  addrElements(r.resolvers),
-		{Table: t, Name: setDenied, KeyType: addr, Interval: true}: intervalElements(
-			append(slices.Clone(alwaysDenied), r.denied...)),
-		{Table: t, Name: setRange, KeyType: addr, Interval: true}: intervalElements([]netip.Prefix{r.plan.prefix}),
+		{Table: t, Name: setGuests, KeyType: pair}:                 nil,
+		{Table: t, Name: setInternet, KeyType: ifname}:             nil,
+		{Table: t, Name: setResolvers, KeyType: addr}:              addrElements(r.resolvers),
+		{Table: t, Name: setDenied, KeyType: addr, Interval: true}: spanElements(r.deniedSpans()),
+		{Table: t, Name: setRange, KeyType: addr, Interval: true}:  intervalElements([]netip.Prefix{r.plan.prefix}),
 	}
 	if r.connections > 0 {
 		out[&nftables.Set{Table: t, Name: setTracked, KeyType: ifname, Dynamic: true, Size: 1 << 16}] = nil
@@ -235,8 +234,12 @@ func addrElements(addrs []netip.Addr) []nftables.SetElement {
 // intervalElements turns prefixes, which may overlap, into the kernel's form: the start of each disjoint interval and
 // the first address after it.
 func intervalElements(prefixes []netip.Prefix) []nftables.SetElement {
+	return spanElements(spans(prefixes))
+}
+
+func spanElements(list []span) []nftables.SetElement {
 	var out []nftables.SetElement
-	for _, s := range spans(prefixes) {
+	for _, s := range list {
 		out = append(out, nftables.SetElement{Key: key32(s.from)})
 		if s.to <= 0xffffffff {
 			out = append(out, nftables.SetElement{Key: key32(s.to), IntervalEnd: true})
@@ -247,6 +250,29 @@ func intervalElements(prefixes []netip.Prefix) []nftables.SetElement {
 
 // span is the addresses from, from+1, … to-1.
 type span struct{ from, to uint64 }
+
+// deniedSpans returns where no guest may go. The node's own range stays out: a guest's answers to the machine go there, and
+// the other chains see to it that nothing else does.
+func (r ruleSet) deniedSpans() []span {
+	return without(spans(append(slices.Clone(alwaysDenied), r.denied...)), spans([]netip.Prefix{r.plan.prefix}))
+}
+
+// without returns what of the disjoint, ordered spans is in none of holes.
+func without(list, holes []span) []span {
+	for _, h := range holes {
+		var rest []span
+		for _, s := range list {
+			if s.from < h.from {
+				rest = append(rest, span{s.from, min(s.to, h.from)})
+			}
+			if s.to > h.to {
+				rest = append(rest, span{max(s.from, h.to), s.to})
+			}
+		}
+		list = rest
+	}
+	return list
+}
 
 // spans returns the disjoint, ordered spans that the IPv4 prefixes cover.
 func spans(prefixes []netip.Prefix) []span {
