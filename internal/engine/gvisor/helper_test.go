@@ -27,22 +27,30 @@ func needHost(tb testing.TB) {
 
 // place is where the engines of one test keep their guests.
 type place struct {
-	root, scratch, parent string
+	root, scratch, saves, parent string
 }
 
 func newPlace(tb testing.TB) place {
 	tb.Helper()
+	return newPlaceIn(tb, "")
+}
+
+// newPlaceIn makes a place below a directory; empty means the usual one.
+func newPlaceIn(tb testing.TB, parent string) place {
+	tb.Helper()
 	needHost(tb)
-	dir, err := os.MkdirTemp("", "gv") //nolint:usetesting // its end has to be after Purge, and its path short
+	dir, err := os.MkdirTemp(parent, "gv") //nolint:usetesting // its end has to be after Purge, and its path short
 	if err != nil {
 		tb.Fatal(err)
 	}
 	p := place{
-		root: filepath.Join(dir, "run"), scratch: filepath.Join(dir, "disk"),
+		root: filepath.Join(dir, "run"), scratch: filepath.Join(dir, "disk"), saves: filepath.Join(dir, "saves"),
 		parent: "cloister-test-" + string(sandbox.NewNodeID()),
 	}
-	if err := os.Mkdir(p.scratch, 0o700); err != nil {
-		tb.Fatal(err)
+	for _, sub := range []string{p.scratch, p.saves} {
+		if err := os.Mkdir(sub, 0o700); err != nil {
+			tb.Fatal(err)
+		}
 	}
 	tb.Cleanup(func() {
 		if err := p.open(tb).Purge(context.Background()); err != nil {

@@ -32,9 +32,10 @@ type boot struct {
 	MemoryBytes int64 `json:"memory_bytes"`
 }
 
-// Maybe runs the sentry, and never returns, when this process is a re-execution of the binary as one; otherwise it
-// returns at once. It must be the first line of main, and of TestMain where tests use the engine.
+// Maybe runs the sentry or the server of a checkpoint's files, and never returns, when this process is a re-execution of the
+// binary as one of them; otherwise it returns at once. It must be the first line of main, and of TestMain where tests use the engine.
 func Maybe() {
+	maybeServeFiles()
 	switch {
 	case filepath.Base(os.Args[0]) == "runsc-sandbox":
 		runtime.LockOSThread()

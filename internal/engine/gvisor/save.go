@@ -25,6 +25,9 @@ import (
 const (
 	// thawTimeout bounds how long a save that failed tries to let its guest go on.
 	thawTimeout = 30 * time.Second
+
+	// minShared is how many bytes a guest must have written to its disk before cloning them is worth a process.
+	minShared = 4 << 20
 )
 
 // saving is one guest's state on its way to a directory.
@@ -38,6 +41,8 @@ type saving struct {
 	disk *os.File
 	// diskBytes is what it occupied at the moment of the save.
 	diskBytes int64
+	// share says that the guest's disk is cloned.
+	share bool
 	// shared is how much of the files was cloned, not copied, in bytes.
 	shared int64
 }
@@ -118,6 +123,13 @@ func (s *saving) open() error {
 
 // write saves everything and flushes it.
 func (s *saving) write(ctx context.Context) (engine.Saved, error) {
+	if s.g.diskBytes() >= minShared && clonable(s.disk, s.pages()) {
+		// Cloning flushes what it clones. Done before, that does not prolong the time that the guest stands still.
+		if err := s.disk.Sync(); err != nil {
+			return engine.Saved{}, fmt.Errorf("flush the guest's disk: %w", err)
+		}
+		s.share = true
+	}
 	if s.spec.Hold {
 		if _, err := s.e.freeze(ctx, s.g); err != nil {
 			return engine.Saved{}, err
@@ -130,11 +142,34 @@ func (s *saving) write(ctx context.Context) (engine.Saved, error) {
 	return s.complete()
 }
 
-// ask has the sentry write its files.
+// pages is the file that takes the guest's pages.
+func (s *saving) pages() *os.File { return s.files[len(s.files)-1] }
+
+// ask has the sentry write its files, by itself or through a server that can share.
 func (s *saving) ask(ctx context.Context) error {
-	payload := urpc.FilePayload{Files: s.files}
+	if !s.share {
+		return s.askWith(ctx, s.files)
+	}
+	names := map[string]*os.File{}
+	for i, name := range kindFiles(s.spec.Kind) {
+		names[name] = s.files[i]
+	}
+	server, err := startFileServer(ctx, names, true, room{})
+	if err != nil {
+		return err
+	}
+	err = s.askWith(ctx, []*os.File{server.sock})
+	said, serverErr := server.wait()
+	s.shared = said.Shared
+	return errors.Join(serverErr, err)
+}
+
+// askWith has the sentry write to files, or to the socket of a server of them.
+func (s *saving) askWith(ctx context.Context, files []*os.File) error {
+	payload := urpc.FilePayload{Files: files}
 	if s.spec.Kind == engine.SaveFiles {
-		return s.e.callWith(ctx, s.g, runscboot.ContMgrFSSave, &runscboot.FSSaveArgs{FilePayload: payload}, nil)
+		args := &runscboot.FSSaveArgs{FilePayload: payload, UseCheckpointGofer: s.share}
+		return s.e.callWith(ctx, s.g, runscboot.ContMgrFSSave, args, nil)
 	}
 	return s.e.callWith(ctx, s.g, runscboot.ContMgrCheckpoint, &control.SaveOpts{
 		Metadata:                       statefile.CompressionLevelNone.ToMetadata(),
@@ -142,6 +177,7 @@ func (s *saving) ask(ctx context.Context) error {
 		HavePagesFile:                  true,
 		Resume:                         true, // never the other: with it the sentry ends by itself
 		FilePayload:                    payload,
+		UseCheckpointGofer:             s.share,
 	}, nil)
 }
 
@@ -189,6 +225,15 @@ func (s *saving) close() {
 	if s.disk != nil {
 		_ = s.disk.Close() // opened for reading
 	}
+}
+
+// clonable reports whether the file system lets the empty file to share the blocks of from.
+func clonable(from, to *os.File) bool {
+	r := unix.FileCloneRange{Src_fd: int64(from.Fd()), Src_length: cloneAlign} //nolint:gosec // a descriptor
+	if unix.IoctlFileCloneRange(int(to.Fd()), &r) != nil {
+		return false
+	}
+	return to.Truncate(0) == nil
 }
 
 func syncDir(dir string) error {

@@ -41,6 +41,8 @@ type starting struct {
 	boxed  *runsc.Sandbox
 	proc   *process
 	from   manifest // of spec.Checkpoint
+	files  *fileProcess
+	share  bool // files come from a server, which clones what it can
 }
 
 // Start makes a guest and runs its first process. See engine.Engine.
@@ -114,6 +116,7 @@ func (s *starting) run(ctx context.Context) (*guest, error) {
 	if err == nil {
 		err = s.begin(ctx)
 	}
+	err = errors.Join(err, s.hangUp())
 	var g *guest
 	if err == nil {
 		g, err = s.settle()
@@ -174,8 +177,11 @@ func (s *starting) create(ctx context.Context) error {
 		CloneIntoCgroupFD: dir,
 		PassFiles:         passed,
 	}
+	if err := s.prepareShare(disk); err != nil {
+		return err
+	}
 	if s.from.Kind == engine.SaveFiles {
-		args.FSRestoreImagePath = s.spec.Checkpoint
+		args.FSRestoreImagePath = s.image()
 	}
 	return s.spawn(ctx, args)
 }
@@ -224,7 +230,7 @@ func (s *starting) begin(ctx context.Context) error {
 	err := s.killable(ctx, func() error {
 		switch s.from.Kind {
 		case engine.SaveMemory:
-			return s.boxed.Restore(&s.conf, s.oci, string(s.spec.ID), s.spec.Checkpoint, false, false, nil)
+			return s.boxed.Restore(&s.conf, s.oci, string(s.spec.ID), s.image(), false, false, nil)
 		case engine.SaveFiles:
 			return errors.Join(s.boxed.StartRoot(&s.conf, s.oci), s.boxed.WaitFSRestore(string(s.spec.ID)))
 		}

@@ -3,6 +3,7 @@ package main
 
 import (
 	"bufio"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"net"
@@ -92,6 +93,12 @@ func answer(cmd, arg string) string {
 			names = append(names, e.Name())
 		}
 		return strings.Join(names, " ")
+	case "sum":
+		b, err := os.ReadFile(arg)
+		if err != nil {
+			return err.Error()
+		}
+		return fmt.Sprintf("%d %x", len(b), sha256.Sum256(b))
 	case "write": // path bytes
 		return write(strings.Fields(arg))
 	case "rm":
