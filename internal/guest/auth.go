@@ -147,12 +147,9 @@ func (s *Server) rpcUser(ctx context.Context) (*account, error) {
 	if err != nil {
 		return nil, connect.NewError(connect.CodeUnauthenticated, err)
 	}
-	if name == "" {
-		name = s.settings.get().user
-	}
-	a, err := s.users.lookup(name)
+	a, err := s.account(name)
 	if unknown := (*unknownUserError)(nil); errors.As(err, &unknown) {
-		return nil, connect.NewError(connect.CodeUnauthenticated, fmt.Errorf("invalid username: '%s'", name))
+		return nil, connect.NewError(connect.CodeUnauthenticated, fmt.Errorf("invalid username: '%s'", unknown.name))
 	}
 	if err != nil {
 		return nil, connect.NewError(connect.CodeInternal, err)
@@ -162,12 +159,21 @@ func (s *Server) rpcUser(ctx context.Context) (*account, error) {
 
 // httpUser returns the account that a plain request acts as.
 func (s *Server) httpUser(name string) (*account, error) {
-	if name == "" {
-		name = s.settings.get().user
-	}
-	a, err := s.users.lookup(name)
+	a, err := s.account(name)
 	if unknown := (*unknownUserError)(nil); errors.As(err, &unknown) {
-		return nil, httpErrorf(http.StatusUnauthorized, "error looking up user '%s': %v", name, err)
+		return nil, httpErrorf(http.StatusUnauthorized, "error looking up user '%s': %v", unknown.name, err)
+	}
+	return a, err
+}
+
+// account returns the account of a name, or, where there is none, of whoever requests act as by default.
+func (s *Server) account(name string) (*account, error) {
+	if name != "" {
+		return s.users.lookup(name)
+	}
+	a, err := s.users.lookup(s.settings.get().user)
+	if unknown := (*unknownUserError)(nil); errors.As(err, &unknown) {
+		return s.users.fallback(), nil
 	}
 	return a, err
 }

@@ -172,6 +172,8 @@ func (s *Server) routes() http.Handler {
 	mux.HandleFunc("POST /files", s.postFiles)
 	mux.HandleFunc("POST /files/compose", s.postCompose)
 	mux.HandleFunc("POST /init", s.postInit)
+	mux.HandleFunc("POST /copy", s.postCopy)
+	mux.HandleFunc("POST /accounts", s.postAccounts)
 	mux.HandleFunc("GET /envs", s.getEnvs)
 	mux.HandleFunc("GET /metrics", s.getMetrics)
 	mux.HandleFunc("GET /logs", s.getLogs)

@@ -2,8 +2,10 @@ package guest
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -34,6 +36,8 @@ func (e *unknownUserError) Error() string { return "user: unknown user " + e.nam
 // time: the parsed tables are kept for as long as the files stay the same.
 type users struct {
 	root string
+
+	adding sync.Mutex // held while an account is made; taken before mu
 
 	mu     sync.Mutex
 	passwd fileStamp
@@ -70,6 +74,15 @@ func (u *users) lookup(name string) (*account, error) {
 	return nil, &unknownUserError{name}
 }
 
+// fallback returns whom requests act as that name nobody where there is no default user: the image is not ours, or somebody
+// has deleted the account. Root is always there.
+func (u *users) fallback() *account {
+	if a, err := u.lookup("root"); err == nil {
+		return a
+	}
+	return &account{name: "root", home: "/", groups: []uint32{0}}
+}
+
 // names returns a uid's and a gid's names, or their numbers where they have none.
 func (u *users) names(uid, gid uint32) (owner, group string) {
 	owner, group = strconv.FormatUint(uint64(uid), 10), strconv.FormatUint(uint64(gid), 10)
@@ -89,6 +102,9 @@ func (u *users) names(uid, gid uint32) (owner, group string) {
 func (u *users) load() (*accountTable, error) {
 	passwdPath, groupPath := filepath.Join(u.root, "etc/passwd"), filepath.Join(u.root, "etc/group")
 	passwd, err := stampOf(passwdPath)
+	if errors.Is(err, fs.ErrNotExist) { // an image of a single program
+		return parseAccounts("", ""), nil
+	}
 	if err != nil {
 		return nil, fmt.Errorf("look accounts up: %w", err)
 	}

@@ -151,7 +151,7 @@ func FuzzInternalRoute(f *testing.F) {
 	}
 	reached := false
 	mux := http.NewServeMux()
-	for _, p := range []string{"/init", "/init/{rest...}", "/logs", "/loopback", "/freeze"} {
+	for _, p := range []string{"/init", "/init/{rest...}", "/logs", "/loopback", "/copy", "/accounts", "/freeze"} {
 		mux.HandleFunc(p, func(http.ResponseWriter, *http.Request) { reached = true })
 	}
 	f.Fuzz(func(t *testing.T, target string) {

@@ -32,7 +32,8 @@ func hasInternalSegment(path string) bool {
 		name, _, _ := strings.Cut(segment, ";")
 		name = strings.TrimFunc(name, func(r rune) bool { return r <= ' ' || r == '.' || r == 0x7f })
 		switch strings.ToLower(name) {
-		case "init", "freeze", "unfreeze", "fsfreeze", "fsthaw", "fsunfreeze", "thaw", "collapse", "upgrade", "logs", "loopback":
+		case "init", "freeze", "unfreeze", "fsfreeze", "fsthaw", "fsunfreeze", "thaw", "collapse", "upgrade", "logs", "loopback",
+			"copy", "accounts":
 			return true
 		}
 	}

@@ -95,7 +95,7 @@ func TestInternalRoutesAreOutOfReach(t *testing.T) {
 	r := newRig(t, nil)
 	var reached atomic.Bool
 	mux := http.NewServeMux()
-	for _, pattern := range []string{"POST /init", "GET /logs", "GET /loopback", "/freeze", "/fsfreeze", "/fsthaw"} {
+	for _, pattern := range []string{"POST /init", "POST /copy", "POST /accounts", "GET /logs", "GET /loopback", "/freeze", "/fsfreeze", "/fsthaw"} {
 		mux.HandleFunc(pattern, func(http.ResponseWriter, *http.Request) { reached.Store(true) })
 	}
 	mux.HandleFunc("/health", func(http.ResponseWriter, *http.Request) {})
@@ -104,7 +104,7 @@ func TestInternalRoutesAreOutOfReach(t *testing.T) {
 	targets := []string{
 		"/init", "/init/", "//init", "///init", "/./init", "/../init", "/x/../init", "/x/%2e%2e/init", "/%69nit", "/%49nit", "/INIT", "/%2finit",
 		"/%2Finit", "/init%2f", "/init%2F..%2Finit", "/init?x=1", "/init#x", "/init;v=1", "/;/init", "/init%3bx", "/init%00", "/init%20", "/init.", `/\init`,
-		"/%5cinit", "/%2569nit", "/%252569nit", "/health/../init", "/init/../health", "/init%0d%0a", "/logs", "//logs", "/%6cogs", "/loopback?port=80", "//loopback", "/freeze", "/fsfreeze",
+		"/%5cinit", "/%2569nit", "/%252569nit", "/health/../init", "/init/../health", "/init%0d%0a", "/logs", "//logs", "/%6cogs", "/loopback?port=80", "//loopback", "/copy?dest=/", "/%63opy", "/accounts", "/freeze", "/fsfreeze",
 		"/fsthaw", "/unfreeze", "/collapse", "/upgrade", "/sandbox/" + string(testID) + "/49983/init", "/sandbox/" + string(testID) + "/49983//init",
 		"http://localhost/init", "http://x:y@localhost//init", "http://49983-" + string(testID) + ".t/init", "http://localhost/sandbox/" + string(testID) + "/49983/init",
 	}
