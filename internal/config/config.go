@@ -16,9 +16,11 @@ import (
 // Config is every setting of the daemon. A field's name tag is its flag, its key in the file and, as CLOISTER_DATA_DIR for
 // data-dir, its environment variable; its help tag is the text for people; group starts a section of the reference.
 type Config struct {
-	DataDir  string `name:"data-dir" group:"General" help:"directory for everything that Cloister keeps"`
-	CacheDir string `name:"cache-dir" help:"directory for downloads that may be deleted at any time; default: cache in the data directory"`
-	NodeName string `name:"node-name" help:"name of this machine in lists; default: its host name"`
+	DataDir     string `name:"data-dir" group:"General" help:"directory for everything that Cloister keeps"`
+	CacheDir    string `name:"cache-dir" help:"directory for downloads that may be deleted at any time; default: cache in the data directory"`
+	Storage     string `name:"storage" help:"where sandboxes' files go: dir (the data directory), image (storage.img there, an XFS file system on which pause, resume, snapshot and fork share blocks instead of copying), or auto (what the data directory has; dir where it is new)"`
+	StorageSize Size   `name:"storage-size" help:"size of storage.img, which takes only the space that is written; can be raised later; 0: four fifths of what is free when it is made"`
+	NodeName    string `name:"node-name" help:"name of this machine in lists; default: its host name"`
 
 	APIAddr        string `name:"api-addr" group:"Listening" help:"address of the E2B and /v1 API"`
 	ProxyAddr      string `name:"proxy-addr" help:"address of the proxy for sandbox traffic"`
@@ -62,10 +64,20 @@ type Config struct {
 	EventsKeptCount int           `name:"events-kept-count" help:"how many events are kept at most"`
 }
 
+// The values of Storage.
+const (
+	StorageAuto  = "auto"
+	StorageDir   = "dir"
+	StorageImage = "image"
+)
+
+// leastStorage is the smallest StorageSize: XFS wants 300 MiB, and a template and a sandbox more.
+const leastStorage = 512 << 20
+
 // Default returns the settings that hold where nothing else is said.
 func Default() *Config {
 	return &Config{
-		DataDir: "/var/lib/cloister", APIAddr: "127.0.0.1:3000", ProxyAddr: "127.0.0.1:3002",
+		DataDir: "/var/lib/cloister", Storage: StorageAuto, APIAddr: "127.0.0.1:3000", ProxyAddr: "127.0.0.1:3002",
 		DefaultTemplate: "base", BaseSources: []string{"e2bdev/base:latest", "debian:bookworm"}, RegistryTimeout: 5 * time.Second,
 		SandboxCPU: 2, SandboxMemory: 512 << 20, SandboxDisk: 10 << 30, MaxTimeout: 24 * time.Hour,
 		PoolMin: 4, PoolMax: 32, MaxSandboxes: 2000, ReservedMemory: 1 << 30, ReservedDisk: 2 << 30,

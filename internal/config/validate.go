@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"net/url"
 	"slices"
+	"strconv"
 	"strings"
 )
 
@@ -70,6 +71,9 @@ func (c *Config) validateSizes() error {
 			errs = append(errs, fmt.Errorf("%s %v: want %s", name, value, want))
 		}
 	}
+	least(slices.Contains([]string{StorageAuto, StorageDir, StorageImage}, c.Storage), "storage", strconv.Quote(c.Storage), "auto, dir or image")
+	least(c.StorageSize == 0 || c.StorageSize >= leastStorage, "storage-size", c.StorageSize.String(), "0, or at least 512MiB")
+	least(c.StorageSize == 0 || c.Storage != StorageDir, "storage-size", c.StorageSize.String(), "0 with storage dir: only an image has a size")
 	least(c.SandboxCPU >= 0.1 && c.SandboxCPU <= 256, "sandbox-cpu", c.SandboxCPU, "0.1 to 256")
 	least(c.SandboxMemory >= 64<<20, "sandbox-memory", c.SandboxMemory.String(), "at least 64MiB")
 	least(c.SandboxDisk >= 16<<20, "sandbox-disk", c.SandboxDisk.String(), "at least 16MiB")

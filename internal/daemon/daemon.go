@@ -3,8 +3,9 @@
 // It owns the data directory, the listeners and the adapters between packages that do not know each other, and decides
 // nothing about sandboxes. Run owns every goroutine; a part that ends by itself ends the whole.
 //
-// Start: lock, store, node, server, listeners, loops, first template, a sandbox that runs a command, ready.
-// Stop: listeners (requests under way finish), loops, node, server, store, lock. Sandboxes go on running.
+// Start: lock, storage, store, node, server, listeners, loops, first template, a sandbox that runs a command, ready.
+// Stop: listeners (requests under way finish), loops, node, server, store, lock. Sandboxes go on
+// running, and their storage stays mounted.
 package daemon
 
 import (
@@ -98,6 +99,9 @@ func newDaemon(cfg *config.Config, opt Options) (*daemon, error) {
 // build makes every part, so that a wrong setting or a taken port is told before anything runs.
 func (d *daemon) build(ctx context.Context) error {
 	d.notify(Event{Step: "starting", Fraction: 0})
+	if err := d.openStorage(ctx); err != nil {
+		return err
+	}
 	if err := d.buildServer(ctx); err != nil {
 		return err
 	}

@@ -134,9 +134,9 @@ func capacityOf(cfg *config.Config) (sandbox.Resources, int64, error) {
 	if err := unix.Sysinfo(&info); err != nil {
 		return sandbox.Resources{}, 0, fmt.Errorf("read memory size: %w", err)
 	}
-	var fs unix.Statfs_t
-	if err := unix.Statfs(cfg.DataDir, &fs); err != nil {
-		return sandbox.Resources{}, 0, fmt.Errorf("read disk size of %s: %w", cfg.DataDir, err)
+	free, err := freeForNode(cfg.DataDir)
+	if err != nil {
+		return sandbox.Resources{}, 0, err
 	}
 	total := int64(info.Totalram) * int64(info.Unit) //nolint:gosec // no machine has 2^63 bytes
 	memory := total - int64(cfg.ReservedMemory)
@@ -144,7 +144,7 @@ func capacityOf(cfg *config.Config) (sandbox.Resources, int64, error) {
 		return sandbox.Resources{}, 0, sandbox.Invalidf("this machine has %d MiB of memory, reserved-memory keeps %s: no sandbox of %s fits; lower one of them",
 			total>>20, cfg.ReservedMemory.String(), cfg.SandboxMemory.String())
 	}
-	disk := int64(fs.Bavail)*fs.Bsize - int64(cfg.ReservedDisk) //nolint:gosec // no disk has 2^63 bytes
+	disk := free - int64(cfg.ReservedDisk)
 	return sandbox.Resources{
 		MilliCPU:    int64(float64(runtime.NumCPU()) * 1000 * cfg.OvercommitCPU),
 		MemoryBytes: int64(float64(memory) * cfg.OvercommitMemory),

@@ -4,6 +4,7 @@ import (
 	"context"
 	"net/netip"
 	"os"
+	"path/filepath"
 
 	"github.com/cloister-dev/cloister/internal/config"
 	"github.com/cloister-dev/cloister/internal/guestnet"
@@ -15,7 +16,7 @@ import (
 // counts as free.
 func Preflight(ctx context.Context, cfg *config.Config) []install.Finding {
 	s := install.Settings{
-		DataDir: cfg.DataDir, Range: cfg.Range(),
+		DataDir: cfg.DataDir, NodeDir: filepath.Join(cfg.DataDir, "node"), Image: imageWanted(cfg), Range: cfg.Range(),
 		Overlaps:  func() ([]install.Overlap, error) { return overlaps(ctx, cfg) },
 		Resolvers: func() []netip.Addr { return resolvers(cfg) },
 	}

@@ -32,6 +32,11 @@ func Purge(ctx context.Context, cfg *config.Config, opt Options) error {
 	if err != nil {
 		return err
 	}
+	disk, err := storageOf(cfg, d.log)
+	if err != nil {
+		return err
+	}
+	disk.openForPurge(ctx)
 	id, err := nodeToPurge(ctx, cfg.DataDir, held.holder.Node)
 	if err != nil {
 		return err
@@ -40,6 +45,9 @@ func Purge(ctx context.Context, cfg *config.Config, opt Options) error {
 		if err := d.purgeNode(ctx, id); err != nil {
 			return err
 		}
+	}
+	if err := disk.purge(ctx); err != nil {
+		return err
 	}
 	for _, name := range owned() {
 		if err := os.RemoveAll(d.path(name)); err != nil {

@@ -22,10 +22,9 @@ type diskFacts struct {
 	free, total int64
 	freeInodes  int64 // -1 where the file system has no limit
 	readOnly    bool
-	// nameless and clone say what became of an O_TMPFILE file and of a reflink.
-	nameless, clone error
-	fsync           time.Duration // p50 of small appends
-	fsyncErr        error
+	nameless    error         // what became of an O_TMPFILE file
+	fsync       time.Duration // p50 of small appends
+	fsyncErr    error
 }
 
 // slowFsync is the latency above which the cluster's store and the node's journal hold everything up.
@@ -83,7 +82,6 @@ func gatherDisk(ctx context.Context, dataDir string) diskFacts {
 	}
 	defer func() { _ = os.RemoveAll(work) }()
 	f.nameless = tryNameless(work)
-	f.clone = tryClone(work)
 	f.fsync, f.fsyncErr = measureFsync(ctx, work)
 	return f
 }
@@ -110,23 +108,6 @@ func tryNameless(dir string) error {
 		return err
 	}
 	return unix.Close(fd)
-}
-
-func tryClone(dir string) (err error) {
-	from, err := os.OpenFile(filepath.Join(dir, "from"), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600) //nolint:gosec // our own directory
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, from.Close()) }()
-	if _, err := from.Write(make([]byte, 64<<10)); err != nil {
-		return err
-	}
-	to, err := os.OpenFile(filepath.Join(dir, "to"), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600) //nolint:gosec // our own directory
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, to.Close()) }()
-	return unix.IoctlFileClone(int(to.Fd()), int(from.Fd()))
 }
 
 // measureFsync returns the median of 20 appends of 4 KiB that reach the disk.
@@ -165,7 +146,7 @@ func judgeDisk(dataDir string, f diskFacts) []Finding {
 	case f.err != nil:
 		return []Finding{fail("disk", fmt.Sprintf("%s cannot be used: %v", dataDir, f.err), "choose another data directory with --data-dir, or make this one writable")}
 	}
-	return []Finding{judgeSpace(dataDir, f), judgeFileSystem(dataDir, f), judgeClone(dataDir, f), judgeFsync(dataDir, f)}
+	return []Finding{judgeSpace(dataDir, f), judgeFileSystem(dataDir, f), judgeFsync(dataDir, f)}
 }
 
 func judgeSpace(dataDir string, f diskFacts) Finding {
@@ -196,13 +177,6 @@ func judgeFileSystem(dataDir string, f diskFacts) Finding {
 		return warn(check, f.dir+" is a container's own layer: slow, and gone with the container", "mount a volume at "+dataDir)
 	}
 	return ok(check, f.kind)
-}
-
-func judgeClone(dataDir string, f diskFacts) Finding {
-	if f.clone != nil {
-		return hint("reflinks", f.kind+" copies files byte by byte", "optional: with "+dataDir+" on XFS (mkfs.xfs -m reflink=1) or btrfs, snapshots and forks share their blocks")
-	}
-	return ok("reflinks", "files are cloned without copying")
 }
 
 func judgeFsync(dataDir string, f diskFacts) Finding {

@@ -45,7 +45,11 @@ type Overlap struct {
 // Settings is what the checks need to know of the configuration.
 type Settings struct {
 	// DataDir is where Cloister keeps its files; it need not exist yet.
-	DataDir   string
+	DataDir string
+	// NodeDir is where sandboxes' files go, below DataDir; it need not exist yet.
+	NodeDir string
+	// Image says whether they are, or will be, on the file system in storage.img.
+	Image     bool
 	Listeners []Listener
 	// Range is the guests' address range.
 	Range netip.Prefix
@@ -72,7 +76,7 @@ func Preflight(ctx context.Context, s Settings) []Finding {
 	}
 	checks := []func(context.Context, Settings) []Finding{
 		checkKernel, checkEnvironment, checkPrivileges, checkNamespaces, checkEngine, checkCgroups,
-		checkMemory, checkDisk, checkLimits,
+		checkMemory, checkDisk, checkStorage, checkLimits,
 		checkNftables, checkForwarding, checkFirewalls, checkRange, checkResolvers, checkListeners,
 		checkClock, checkTools, checkDevices,
 	}

@@ -265,7 +265,6 @@ func TestJudgeDisk(t *testing.T) {
 		"memory":        {func(f *diskFacts) { f.kind = "tmpfs" }, "file system", want{LevelWarn, "memory"}},
 		"network":       {func(f *diskFacts) { f.kind = "nfs" }, "file system", want{LevelFail, "local disk"}},
 		"container":     {func(f *diskFacts) { f.kind = "overlay" }, "file system", want{LevelWarn, "volume"}},
-		"no clone":      {func(f *diskFacts) { f.clone = unix.EOPNOTSUPP }, "reflinks", want{LevelOK, "reflink=1"}},
 		"slow":          {func(f *diskFacts) { f.fsync = 25 * time.Millisecond }, "disk latency", want{LevelWarn, "25ms"}},
 		"broken":        {func(f *diskFacts) { f.fsyncErr = unix.EIO }, "disk latency", want{LevelFail, "input/output"}},
 		"read-only":     {func(f *diskFacts) { f.readOnly, f.err = true, unix.EROFS }, "disk", want{LevelFail, "read-only"}},
