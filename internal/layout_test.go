@@ -42,7 +42,7 @@ var mayImport = map[string][]string{
 	"internal/guest/binary": nil,
 	"internal/control":      {"internal/sandbox", "internal/scheduler", "internal/store", "internal/history", "internal/recipe", "internal/gen/..."},
 	"internal/agent":        {"internal/sandbox", "internal/gen/...", "internal/engine", "internal/image", "internal/guestnet", "internal/journal", "internal/snapshot", "internal/recipe"},
-	"internal/api/...":      {"internal/sandbox", "internal/gen/...", "internal/auth", "internal/control", "internal/client", "internal/api/..."},
+	"internal/api/...":      {"internal/sandbox", "internal/gen/...", "internal/auth", "internal/control", "internal/client", "internal/recipe", "internal/api/..."},
 	"internal/daemon":       {"internal/..."},
 	"internal/cli":          {"internal/gen/...", "internal/config", "internal/daemon", "internal/install", "internal/client", "internal/auth", "internal/recipe"},
 	"internal/warm":         nil,

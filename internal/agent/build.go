@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"fmt"
@@ -52,14 +53,14 @@ type build struct {
 }
 
 // begin returns the build of a template that is under way, or a new one, which is then the caller's to carry out.
-func (b *builds) begin(template sandbox.TemplateID) (bd *build, mine bool) {
+func (b *builds) begin(template sandbox.TemplateID, id string) (bd *build, mine bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if bd := b.byTemplate[template]; bd != nil {
 		return bd, false
 	}
 	bd = &build{
-		id: newBuildID(), template: template, changed: make(chan struct{}), state: agentv1.BuildState_BUILD_STATE_BUILDING,
+		id: cmp.Or(id, newBuildID()), template: template, changed: make(chan struct{}), state: agentv1.BuildState_BUILD_STATE_BUILDING,
 	}
 	b.byID[bd.id], b.byTemplate[template] = bd, bd
 	b.order = append(b.order, bd.id)
@@ -104,7 +105,7 @@ func (a *Agent) Build(_ context.Context, req *agentv1.BuildRequest) (*agentv1.Bu
 	if err := checkBuild(req.GetTemplateId(), r.Sources); err != nil {
 		return nil, toWireError(err)
 	}
-	bd, mine := a.builds.begin(sandbox.TemplateID(req.GetTemplateId()))
+	bd, mine := a.builds.begin(sandbox.TemplateID(req.GetTemplateId()), req.GetBuildId())
 	if !mine {
 		return &agentv1.BuildResponse{BuildId: bd.id}, nil
 	}

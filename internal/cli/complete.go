@@ -76,7 +76,7 @@ func templateNames(ctx context.Context, cn *conn) ([]string, error) {
 	var out []string
 	for _, t := range all {
 		for _, n := range t.Names {
-			out = append(out, n+"\t"+t.BuildState)
+			out = append(out, n+"\t"+newestBuild(t).State)
 		}
 	}
 	return out, err

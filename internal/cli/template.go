@@ -31,12 +31,21 @@ func (a *app) templateList() *cobra.Command {
 			return a.print(all, func(w io.Writer) {
 				row(w, "NAME", "ID", "STATE", "CPU", "MEMORY", "DISK", "IMAGE", "SIZE", "UPDATED", "ERROR")
 				for _, t := range all {
-					row(w, strings.Join(t.Names, ","), t.ID, t.BuildState, cpus(t.Resources.MilliCPU), size(t.Resources.MemoryBytes),
-						size(t.Resources.DiskBytes), shortDigest(t.ImageDigest), sizeOrDash(t.ImageBytes), ago(t.UpdatedAt), orDash(t.BuildError))
+					b := newestBuild(t)
+					row(w, strings.Join(t.Names, ","), t.ID, b.State, cpus(b.Resources.MilliCPU), size(b.Resources.MemoryBytes),
+						size(b.Resources.DiskBytes), shortDigest(b.ImageDigest), sizeOrDash(b.ImageBytes), ago(t.UpdatedAt), orDash(b.Error))
 				}
 			})
 		},
 	}
+}
+
+// newestBuild is the build that was begun last; empty where there is none.
+func newestBuild(t client.Template) client.TemplateBuild {
+	if len(t.Builds) == 0 {
+		return client.TemplateBuild{}
+	}
+	return t.Builds[0]
 }
 
 func shortDigest(d string) string {
@@ -113,7 +122,8 @@ func (a *app) buildTemplate(c *cobra.Command, cn *conn, req client.CreateTemplat
 		return fmt.Errorf("build template %s: %s", req.Name, last.Error)
 	}
 	return a.print(last, func(w io.Writer) {
-		row(w, fmt.Sprintf("template %s is ready: %s from %s, %s", req.Name, shortDigest(last.ImageDigest), last.Source, size(last.ImageBytes)))
+		made := last.Result
+		row(w, fmt.Sprintf("template %s is ready: %s from %s, %s", req.Name, shortDigest(made.ImageDigest), made.Source, size(made.ImageBytes)))
 	})
 }
 

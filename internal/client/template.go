@@ -11,6 +11,7 @@ import (
 
 // The states of a build.
 const (
+	BuildWaiting  = "waiting"
 	BuildBuilding = "building"
 	BuildReady    = "ready"
 	BuildFailed   = "failed"
@@ -30,8 +31,8 @@ func (c *Client) Template(ctx context.Context, idOrName string) (Template, error
 }
 
 // CreateTemplate begins to make or rebuild a template; follow the answer's BuildID with FollowBuild.
-func (c *Client) CreateTemplate(ctx context.Context, in CreateTemplate) (Template, error) {
-	var out Template
+func (c *Client) CreateTemplate(ctx context.Context, in CreateTemplate) (StartedBuild, error) {
+	var out StartedBuild
 	_, err := c.call(ctx, http.MethodPost, "/v1/templates", in, &out)
 	return out, err
 }
@@ -56,7 +57,7 @@ func (c *Client) FollowBuild(ctx context.Context, id string) iter.Seq2[Build, er
 	return func(yield func(Build, error) bool) {
 		for offset := 0; ; {
 			b, err := c.Build(ctx, id, offset, followWait)
-			if !yield(b, err) || err != nil || b.State != BuildBuilding && len(b.Entries) == 0 {
+			if !yield(b, err) || err != nil || (b.State == BuildReady || b.State == BuildFailed) && len(b.Entries) == 0 {
 				return
 			}
 			offset += len(b.Entries)

@@ -1,398 +1,263 @@
 package control
 
 import (
+	"cmp"
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
-	"log/slog"
+	"maps"
 	"slices"
-	"strings"
-	"sync"
 	"time"
 
-	"golang.org/x/sync/errgroup"
-	"google.golang.org/protobuf/types/known/durationpb"
-
 	agentv1 "github.com/cloister-dev/cloister/internal/gen/agent/v1"
+	"github.com/cloister-dev/cloister/internal/recipe"
 	"github.com/cloister-dev/cloister/internal/sandbox"
 	"github.com/cloister-dev/cloister/internal/scheduler"
 )
 
-// The states of a build, as in Template.BuildState.
-const (
-	BuildBuilding = "building"
-	BuildReady    = "ready"
-	BuildFailed   = "failed"
-)
-
-// Build is what is known of a build.
-type Build struct {
-	ID          string
-	State       string
-	Step        string
-	Progress    float64
-	Entries     []LogEntry
-	Error       string
-	ImageDigest string
-	ImageBytes  int64
-	Source      string
-}
-
-// BuildSpec is what a template is to be made from.
+// BuildSpec says which template is to be built, and from what.
 type BuildSpec struct {
+	// Name is [namespace/]alias[:tag], Tags are further tags that the build gets when it is ready.
 	Name string
-	// Sources are tried in order: a registry reference, oci:PATH, docker-archive:PATH, dir:PATH, or debian:SUITE.
-	Sources []string
+	Tags []string
 	// Resources of sandboxes from it; parts that are 0 keep the template's, or get the default.
 	Resources sandbox.Resources
+	Recipe
+}
+
+// Recipe is what a template is built from: either Sources or FromTemplate, and steps on top.
+type Recipe struct {
+	// Sources are tried in order: a registry reference, oci:PATH, docker-archive:PATH, dir:PATH, or debian:SUITE.
+	Sources []string
+	// FromTemplate is a name or id with or without a tag.
+	FromTemplate string
 	// RegistryUsername and RegistryPassword are used once and never kept.
 	RegistryUsername string
 	RegistryPassword string
+	Steps            []recipe.Step
+	StartCommand     string
+	ReadyCommand     string
+	// Force uses nothing from the step cache.
+	Force bool
 }
 
-const (
-	maxSources   = 16
-	maxSourceLen = 4096
-	// maxFollowed is how many builds are followed at once.
-	maxFollowed = 32
-	followWait  = 10 * time.Second
-	retryAfter  = time.Second
-)
-
-// builds knows which node carries out which build.
-type builds struct {
-	// queue hands builds to Run. It is bounded: a full one refuses new builds.
-	queue chan task
-
-	mu   sync.Mutex
-	node map[string]sandbox.NodeID
-}
-
-type task struct {
-	template sandbox.TemplateID
-	build    string
-	node     sandbox.NodeID
-}
-
-func newBuilds() *builds {
-	return &builds{queue: make(chan task, maxFollowed), node: make(map[string]sandbox.NodeID)}
-}
-
-func (b *builds) at(id string) (sandbox.NodeID, bool) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	n, ok := b.node[id]
-	return n, ok
-}
-
-func (b *builds) set(id string, node sandbox.NodeID) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if len(b.node) >= maxCatalog {
-		clear(b.node) // they are found again by asking the nodes
+// EnsureTemplate returns the template of the name and its build if an image of it is at hand, and begins to build it
+// otherwise; the build's state says which.
+func (c *Control) EnsureTemplate(ctx context.Context, spec BuildSpec) (sandbox.Template, sandbox.Build, error) {
+	t, b, err := c.resolveBuild(ctx, spec.Name)
+	if err == nil && len(c.fleet.holders(b.ImageDigest)) > 0 {
+		return t, b, nil
 	}
-	b.node[id] = node
-}
-
-// EnsureTemplate returns the template of the name if an image of it is at hand, and begins to build it otherwise. The
-// answer's BuildState says which.
-func (c *Control) EnsureTemplate(ctx context.Context, spec BuildSpec) (sandbox.Template, error) {
-	t, err := c.resolve(ctx, spec.Name)
-	if err == nil && t.ImageDigest != "" && len(c.fleet.holders(t.ImageDigest)) > 0 {
-		return t, nil
-	}
-	if err != nil && !errors.Is(err, sandbox.ErrNotFound) {
-		return sandbox.Template{}, err
+	if errors.Is(err, sandbox.ErrInvalid) || ctx.Err() != nil {
+		return sandbox.Template{}, sandbox.Build{}, err
 	}
 	return c.BuildTemplate(ctx, spec)
 }
 
 // BuildTemplate makes a template, or rebuilds the one of that name, and returns it while it is being built. Until the
-// build is ready, sandboxes start from the image that was there before.
-// Errors: ErrInvalid, ErrExhausted when too many builds are under way, ErrUnavailable when no node can build.
-func (c *Control) BuildTemplate(ctx context.Context, spec BuildSpec) (sandbox.Template, error) {
-	name, err := c.checkBuild(spec)
-	if err != nil {
-		return sandbox.Template{}, err
+// build is ready, its tags mean what they did before.
+// Errors: ErrInvalid, ErrNotFound for the template to start from, ErrExhausted when too many builds are under way,
+// ErrUnavailable when no node can build.
+func (c *Control) BuildTemplate(ctx context.Context, spec BuildSpec) (sandbox.Template, sandbox.Build, error) {
+	if err := checkRecipe(spec.Recipe); err != nil {
+		return sandbox.Template{}, sandbox.Build{}, fmt.Errorf("template %q: %w", spec.Name, err)
 	}
-	t, err := c.recordTemplate(ctx, name, spec)
+	t, b, err := c.AnnounceBuild(ctx, spec)
 	if err != nil {
-		return sandbox.Template{}, err
+		return sandbox.Template{}, sandbox.Build{}, err
 	}
-	return c.startBuild(ctx, t, spec)
+	return c.StartBuild(ctx, string(t.ID), b.ID, spec.Recipe)
 }
 
-func (c *Control) checkBuild(spec BuildSpec) (Name, error) {
-	name, err := ParseName(spec.Name)
+// AnnounceBuild records that a build of a template will be asked for, and makes the template where there is none of the
+// name. Only the spec's name, tags and resources count.
+// Errors: ErrInvalid, and ErrConflict for the name of a snapshot.
+func (c *Control) AnnounceBuild(ctx context.Context, spec BuildSpec) (sandbox.Template, sandbox.Build, error) {
+	name, tags, err := checkAnnounced(spec, c.limits.DefaultResources)
 	if err != nil {
-		return Name{}, err
+		return sandbox.Template{}, sandbox.Build{}, err
 	}
-	if name.Tag != defaultTag {
-		return Name{}, sandbox.Unsupportedf("template name %q: tags are not supported by this version: leave out %q", spec.Name, ":"+name.Tag)
+	b := sandbox.Build{
+		ID: newBuildID(), State: sandbox.BuildWaiting, Tags: tags, CreatedAt: time.Now().UTC(), Resources: spec.Resources,
 	}
-	if len(spec.Sources) == 0 || len(spec.Sources) > maxSources {
-		return Name{}, sandbox.Invalidf("template %q: %d sources: want 1 to %d, as in debian:bookworm", name, len(spec.Sources), maxSources)
-	}
-	for _, s := range spec.Sources {
-		if s == "" || len(s) > maxSourceLen || strings.ContainsFunc(s, func(r rune) bool { return r < ' ' }) {
-			return Name{}, sandbox.Invalidf("template %q: source %.80q: want an image reference, oci:PATH, docker-archive:PATH, "+
-				"dir:PATH or debian:SUITE", name, s)
+	for {
+		t, err := c.announce(ctx, name, b)
+		if err == nil {
+			b, _ = t.Build(b.ID)
+			return t, b, nil
+		}
+		if !errors.Is(err, errFaster) {
+			return sandbox.Template{}, sandbox.Build{}, err
 		}
 	}
-	return name, checkResources(orElse(spec.Resources, c.limits.DefaultResources))
 }
 
-// recordTemplate stores what the template is to be, before any work begins.
-func (c *Control) recordTemplate(ctx context.Context, name Name, spec BuildSpec) (sandbox.Template, error) {
-	now := time.Now().UTC()
-	change := func(t *sandbox.Template) error {
-		t.Sources, t.Resources, t.UpdatedAt = spec.Sources, orElse(spec.Resources, t.Resources), now
-		return nil
-	}
-	defer c.catalog.forget()
-	old, err := c.templates.Template(ctx, name.String())
+// errFaster means that somebody else took a name between a look at it and its use.
+var errFaster = errors.New("somebody else was faster")
+
+func (c *Control) announce(ctx context.Context, name Name, b sandbox.Build) (sandbox.Template, error) {
+	old, err := c.templates.Template(ctx, name.Key())
 	if err == nil {
-		return c.templates.UpdateTemplate(ctx, old.ID, change)
+		return c.announceIn(ctx, old, name, b)
 	}
 	if !errors.Is(err, sandbox.ErrNotFound) {
 		return sandbox.Template{}, fmt.Errorf("find template %q: %w", name, err)
 	}
+	b.Resources = orElse(b.Resources, c.limits.DefaultResources)
 	t := sandbox.Template{
-		ID: sandbox.NewTemplateID(), Names: []string{name.String()}, Sources: spec.Sources,
-		Resources: orElse(spec.Resources, c.limits.DefaultResources), CreatedAt: now, UpdatedAt: now,
+		ID: sandbox.NewTemplateID(), Kind: sandbox.TemplateBuilt, Names: []string{name.Key()}, Builds: []sandbox.Build{b},
+		CreatedAt: b.CreatedAt, UpdatedAt: b.CreatedAt,
 	}
-	err = c.templates.CreateTemplate(ctx, t)
-	if errors.Is(err, sandbox.ErrConflict) { // somebody was faster
-		if old, err = c.templates.Template(ctx, name.String()); err == nil {
-			return c.templates.UpdateTemplate(ctx, old.ID, change)
+	defer c.catalog.forget()
+	if err := c.templates.CreateTemplate(ctx, t); errors.Is(err, sandbox.ErrConflict) {
+		return sandbox.Template{}, errFaster
+	} else if err != nil {
+		return sandbox.Template{}, fmt.Errorf("record template %q: %w", name, err)
+	}
+	return t, nil
+}
+
+func (c *Control) announceIn(ctx context.Context, t sandbox.Template, name Name, b sandbox.Build) (sandbox.Template, error) {
+	if t.Kind == sandbox.TemplateSnapshot {
+		return sandbox.Template{}, sandbox.Conflictf("template name %q belongs to a snapshot: choose another name, or delete that snapshot", name)
+	}
+	t, err := c.changeTemplate(ctx, t.ID, func(t *sandbox.Template) error {
+		if newest, ok := t.Newest(); ok {
+			b.Resources = orElse(b.Resources, newest.Resources)
 		}
+		b.Resources = orElse(b.Resources, c.limits.DefaultResources)
+		t.Builds = slices.Insert(t.Builds, 0, b)
+		t.UpdatedAt = b.CreatedAt
+		return nil
+	})
+	if errors.Is(err, sandbox.ErrNotFound) {
+		return sandbox.Template{}, errFaster
 	}
 	return t, err
 }
 
-// startBuild has a node build the template's image and notes where.
-func (c *Control) startBuild(ctx context.Context, t sandbox.Template, spec BuildSpec) (sandbox.Template, error) {
-	decision := c.fleet.place(scheduler.Request{}, time.Now())
+// StartBuild carries out a build that was announced, and returns it as it is then.
+// Errors: ErrInvalid, ErrNotFound, ErrConflict for one that was started before, ErrExhausted, ErrUnavailable.
+func (c *Control) StartBuild(ctx context.Context, ref, id string, r Recipe) (sandbox.Template, sandbox.Build, error) {
+	none := func(err error) (sandbox.Template, sandbox.Build, error) {
+		return sandbox.Template{}, sandbox.Build{}, err
+	}
+	if err := checkRecipe(r); err != nil {
+		return none(err)
+	}
+	t, _, err := c.resolve(ctx, ref)
+	if err != nil {
+		return none(err)
+	}
+	msg := r.message(t.ID, id)
+	if r.FromTemplate != "" {
+		from, base, err := c.resolveBuild(ctx, r.FromTemplate)
+		if err != nil {
+			return none(err)
+		}
+		if from.Kind == sandbox.TemplateSnapshot {
+			return none(sandbox.Unsupportedf("template %q is a snapshot: want one that was built to build from", r.FromTemplate))
+		}
+		msg.BaseImageDigest, msg.BaseGuest = base.ImageDigest, guestToWire(base.Guest)
+	}
+	t, b, err := c.markStarted(ctx, t.ID, id, r)
+	if err != nil {
+		return none(err)
+	}
+	msg.Resources = resourcesToWire(b.Resources)
+	if err := c.launch(ctx, t, msg); err != nil {
+		c.abandonBuild(ctx, t.ID, id, err)
+		return none(err)
+	}
+	return t, b, nil
+}
+
+func (r Recipe) message(t sandbox.TemplateID, id string) *agentv1.BuildRequest {
+	msg := &agentv1.BuildRequest{
+		TemplateId: string(t), BuildId: id, Sources: r.Sources,
+		RegistryUsername: r.RegistryUsername, RegistryPassword: r.RegistryPassword,
+		StartCommand: r.StartCommand, ReadyCommand: r.ReadyCommand, Force: r.Force,
+	}
+	for _, s := range r.Steps {
+		msg.Steps = append(msg.Steps, &agentv1.BuildStep{Type: s.Type, Args: s.Args, FilesHash: s.FilesHash, Force: s.Force})
+	}
+	return msg
+}
+
+// markStarted records that a build that was announced is under way.
+func (c *Control) markStarted(ctx context.Context, id sandbox.TemplateID, build string, r Recipe) (sandbox.Template, sandbox.Build, error) {
+	t, err := c.changeTemplate(ctx, id, func(t *sandbox.Template) error {
+		return changeBuild(t, build, func(b *sandbox.Build) error {
+			if b.State != sandbox.BuildWaiting {
+				return sandbox.Conflictf("build %s is %s: announce another one", b.ID, b.State)
+			}
+			b.State, b.Sources = sandbox.BuildBuilding, r.Sources
+			b.StartCommand, b.ReadyCommand = r.StartCommand, r.ReadyCommand
+			return nil
+		})
+	})
+	b, _ := t.Build(build)
+	return t, b, err
+}
+
+// changeBuild changes one build of a template. Errors: ErrNotFound, and change's own.
+func changeBuild(t *sandbox.Template, id string, change func(*sandbox.Build) error) error {
+	i := slices.IndexFunc(t.Builds, func(b sandbox.Build) bool { return b.ID == id })
+	if i < 0 {
+		return sandbox.NotFoundf("build %.80q of template %s does not exist", id, t.ID)
+	}
+	return change(&t.Builds[i])
+}
+
+// launch has a node begin a build, and notes where.
+func (c *Control) launch(ctx context.Context, t sandbox.Template, msg *agentv1.BuildRequest) error {
+	decision := c.fleet.place(scheduler.Request{ImageDigest: msg.GetBaseImageDigest()}, time.Now())
 	if len(decision.Candidates) == 0 {
-		return sandbox.Template{}, sandbox.Unavailablef("no node can build template %q: %s", spec.Name, decision.Explain(explained))
+		return sandbox.Unavailablef("no node can build template %q: %s", nameFor(t, string(t.ID)), decision.Explain(explained))
 	}
 	node := decision.Candidates[0]
 	agent, err := c.agent(node)
 	if err != nil {
-		return sandbox.Template{}, err
+		return err
 	}
 	ctx, cancel := context.WithTimeout(ctx, c.limits.CallDeadline)
 	defer cancel()
-	resp, err := agent.Build(ctx, &agentv1.BuildRequest{
-		TemplateId: string(t.ID), Sources: spec.Sources,
-		RegistryUsername: spec.RegistryUsername, RegistryPassword: spec.RegistryPassword,
-	})
+	resp, err := agent.Build(ctx, msg)
 	if err != nil {
-		return sandbox.Template{}, fmt.Errorf("build template %q: %w", spec.Name, fromNode(node, err))
+		return fmt.Errorf("build template %q: %w", nameFor(t, string(t.ID)), fromNode(node, err))
 	}
-	id := resp.GetBuildId()
-	c.builds.set(id, node)
-	t, err = c.templates.UpdateTemplate(ctx, t.ID, func(t *sandbox.Template) error {
-		t.BuildID, t.BuildState, t.BuildError = id, BuildBuilding, ""
-		return nil
-	})
-	c.catalog.forget()
-	if err != nil {
-		return sandbox.Template{}, fmt.Errorf("record build %s: %w", id, err)
+	if got := resp.GetBuildId(); got != msg.GetBuildId() {
+		return sandbox.Conflictf("template %q is being built already, as build %s", nameFor(t, string(t.ID)), got)
 	}
+	c.builds.set(msg.GetBuildId(), node)
 	select {
-	case c.builds.queue <- task{template: t.ID, build: id, node: node}:
-		return t, nil
+	case c.builds.queue <- task{template: t.ID, build: msg.GetBuildId(), node: node}:
+		return nil
 	default:
-		return sandbox.Template{}, sandbox.Exhaustedf("%d builds are under way: try again when one of them is done", maxFollowed)
+		return sandbox.Exhaustedf("%d builds are under way: try again when one of them is done", maxFollowed)
 	}
 }
 
-// GetBuild returns a build with its log from offset on. Where there is nothing new it waits up to wait. Once it says
-// that the build is ready, sandboxes start from the new image. Errors: ErrNotFound.
-func (c *Control) GetBuild(ctx context.Context, id string, offset int32, wait time.Duration) (Build, error) {
-	candidates := []sandbox.NodeID{}
-	if node, ok := c.builds.at(id); ok {
-		candidates = append(candidates, node)
-	} else {
-		for _, n := range c.fleet.list(time.Now()) {
-			candidates = append(candidates, n.ID)
-		}
-	}
-	for _, node := range candidates {
-		b, err := c.buildAt(ctx, node, &agentv1.GetBuildRequest{BuildId: id, Offset: offset, Wait: durationpb.New(wait)})
-		if errors.Is(err, sandbox.ErrNotFound) || len(candidates) > 1 && errors.Is(err, sandbox.ErrUnavailable) {
-			continue
-		}
-		if err == nil && b.State != BuildBuilding {
-			err = c.finishBuild(ctx, node, b)
-		}
-		return b, err
-	}
-	return Build{}, sandbox.NotFoundf("build %.80q was not found", id)
+// newBuildID returns a random UUID, as the E2B SDKs expect of a build's id.
+func newBuildID() string {
+	var b [16]byte
+	_, _ = rand.Read(b[:]) // never fails: crypto/rand ends the program first
+	b[6], b[8] = b[6]&0x0f|0x40, b[8]&0x3f|0x80
+	return fmt.Sprintf("%x-%x-%x-%x-%x", b[:4], b[4:6], b[6:8], b[8:10], b[10:])
 }
 
-func (c *Control) buildAt(ctx context.Context, node sandbox.NodeID, req *agentv1.GetBuildRequest) (Build, error) {
-	agent, err := c.agent(node)
-	if err != nil {
-		return Build{}, err
-	}
-	ctx, cancel := context.WithTimeout(ctx, c.limits.CallDeadline+req.GetWait().AsDuration())
-	defer cancel()
-	w, err := agent.GetBuild(ctx, req)
-	if err != nil {
-		return Build{}, fromNode(node, err)
-	}
-	b := Build{
-		ID: req.GetBuildId(), State: BuildBuilding, Step: w.GetStep(), Progress: w.GetProgress(), Entries: logFromWire(w.GetEntries()),
-		Error: w.GetError(), ImageDigest: w.GetImageDigest(), ImageBytes: w.GetImageBytes(), Source: w.GetSource(),
-	}
-	switch w.GetState() {
-	case agentv1.BuildState_BUILD_STATE_READY:
-		b.State = BuildReady
-	case agentv1.BuildState_BUILD_STATE_FAILED:
-		b.State = BuildFailed
-	case agentv1.BuildState_BUILD_STATE_BUILDING, agentv1.BuildState_BUILD_STATE_UNSPECIFIED:
-	}
-	return b, nil
+func guestToWire(g sandbox.GuestSettings) *agentv1.GuestSettings {
+	return &agentv1.GuestSettings{Env: g.Env, User: g.User, Workdir: g.WorkDir}
 }
 
-// errDone stops an update that somebody else has made already.
-var errDone = errors.New("done already")
-
-// finishBuild records the end of a build in its template, once.
-func (c *Control) finishBuild(ctx context.Context, node sandbox.NodeID, b Build) error {
-	if b.State == BuildReady {
-		c.fleet.setImage(node, b.ImageDigest, true)
-	}
-	all, err := c.templates.Templates(ctx)
-	if err != nil {
-		return fmt.Errorf("find the template of build %s: %w", b.ID, err)
-	}
-	i := slices.IndexFunc(all, func(t sandbox.Template) bool { return t.BuildID == b.ID && t.BuildState == BuildBuilding })
-	if i < 0 {
-		return nil
-	}
-	t, err := c.templates.UpdateTemplate(ctx, all[i].ID, func(t *sandbox.Template) error {
-		if t.BuildID != b.ID || t.BuildState != BuildBuilding {
-			return errDone
-		}
-		t.BuildState, t.BuildError, t.UpdatedAt = b.State, b.Error, time.Now().UTC()
-		if b.State == BuildReady {
-			t.ImageDigest, t.ImageBytes = b.ImageDigest, b.ImageBytes
-		}
-		return nil
-	})
-	c.catalog.forget()
-	if errors.Is(err, errDone) || errors.Is(err, sandbox.ErrNotFound) {
-		return nil
-	}
-	if err != nil {
-		return fmt.Errorf("record the end of build %s: %w", b.ID, err)
-	}
-	c.note(ctx, buildEvent(t, b, node))
-	return nil
+func guestFromWire(w *agentv1.GuestSettings) sandbox.GuestSettings {
+	return sandbox.GuestSettings{Env: maps.Clone(w.GetEnv()), User: w.GetUser(), WorkDir: w.GetWorkdir()}
 }
 
-func buildEvent(t sandbox.Template, b Build, node sandbox.NodeID) Event {
-	e := Event{NodeID: node, Type: "template_built", Fields: map[string]string{"template_id": string(t.ID), "build_id": b.ID}}
-	e.Message = fmt.Sprintf("template %s built from %s", nameFor(t, string(t.ID)), b.Source)
-	if b.State == BuildFailed {
-		e.Type = "template_build_failed"
-		e.Message = fmt.Sprintf("template %s was not built: %s", nameFor(t, string(t.ID)), b.Error)
-	}
-	return e
-}
-
-// runBuilds follows builds to their end, those that an earlier process began included.
-func (c *Control) runBuilds(ctx context.Context) error {
-	g, ctx := errgroup.WithContext(ctx)
-	g.SetLimit(maxFollowed)
-	all, err := c.templates.Templates(ctx)
-	if err != nil {
-		return fmt.Errorf("find unfinished builds: %w", err)
-	}
-	for _, t := range all {
-		if t.BuildState == BuildBuilding {
-			g.Go(func() error { c.resumeBuild(ctx, t); return nil })
-		}
-	}
-	for {
-		select {
-		case <-ctx.Done():
-			return g.Wait()
-		case next := <-c.builds.queue:
-			g.Go(func() error { c.follow(ctx, next); return nil })
-		}
-	}
-}
-
-// follow waits for the end of a build. A node that restarted has forgotten its builds; such a build begins again.
-func (c *Control) follow(ctx context.Context, t task) {
-	for ctx.Err() == nil {
-		b, err := c.buildAt(ctx, t.node, &agentv1.GetBuildRequest{
-			BuildId: t.build, Offset: 1 << 30, Wait: durationpb.New(followWait),
-		})
-		if err == nil && b.State != BuildBuilding {
-			err = c.finishBuild(ctx, t.node, b)
-			if err == nil {
-				return
-			}
-		}
-		if errors.Is(err, sandbox.ErrNotFound) {
-			c.restartBuild(ctx, t)
-			return
-		}
-		if err != nil {
-			c.log.LogAttrs(ctx, slog.LevelWarn, "build not followed, trying again", slog.String("build_id", t.build),
-				nodeAttr(t.node), errAttr(err))
-			pause(ctx, retryAfter)
-		}
-	}
-}
-
-func (c *Control) restartBuild(ctx context.Context, t task) {
-	template, err := c.templates.Template(ctx, string(t.template))
-	if err != nil || template.BuildID != t.build || template.BuildState != BuildBuilding {
-		return
-	}
-	c.resumeBuild(ctx, template)
-}
-
-// resumeBuild begins or joins the build of a template that is recorded as being built, as soon as a node can do it.
-func (c *Control) resumeBuild(ctx context.Context, t sandbox.Template) {
-	for ctx.Err() == nil {
-		next, err := c.startBuild(ctx, t, BuildSpec{Name: nameFor(t, string(t.ID)), Sources: t.Sources})
-		switch {
-		case err == nil:
-			c.log.LogAttrs(ctx, slog.LevelInfo, "build resumed", slog.String("build_id", next.BuildID),
-				slog.String("template_id", string(t.ID)))
-			return
-		case errors.Is(err, sandbox.ErrUnavailable), errors.Is(err, sandbox.ErrExhausted):
-			pause(ctx, retryAfter)
-		default:
-			c.abandonBuild(ctx, t, err)
-			return
-		}
-	}
-}
-
-func (c *Control) abandonBuild(ctx context.Context, t sandbox.Template, cause error) {
-	_, err := c.templates.UpdateTemplate(ctx, t.ID, func(t *sandbox.Template) error {
-		t.BuildState, t.BuildError = BuildFailed, cause.Error()
-		return nil
-	})
-	c.catalog.forget()
-	c.log.LogAttrs(ctx, slog.LevelWarn, "build abandoned", slog.String("template_id", string(t.ID)),
-		errAttr(errors.Join(cause, err)))
-}
-
-// pause waits for d or the end of ctx.
-func pause(ctx context.Context, d time.Duration) {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-ctx.Done():
-	case <-t.C:
-	}
+// checkpointKind is the word for what a checkpoint of a node keeps.
+func checkpointKind(w agentv1.CheckpointKind) sandbox.CheckpointKind {
+	return cmp.Or(map[agentv1.CheckpointKind]sandbox.CheckpointKind{
+		agentv1.CheckpointKind_CHECKPOINT_KIND_FILES: sandbox.CheckpointFiles,
+	}[w], sandbox.CheckpointMemory)
 }

@@ -3,6 +3,7 @@ package control_test
 import (
 	"context"
 	"errors"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -17,8 +18,10 @@ import (
 
 func TestBuild(t *testing.T) {
 	c := apitest.NewCluster(t, nil)
-	spec := control.BuildSpec{Name: "Tools", Sources: []string{"docker.io/library/debian:12"}, RegistryPassword: "hush"}
-	built, err := c.Control.BuildTemplate(t.Context(), spec)
+	spec := control.BuildSpec{Name: "Tools", Recipe: control.Recipe{
+		Sources: []string{"docker.io/library/debian:12"}, RegistryPassword: "hush",
+	}}
+	tpl, built, err := c.Control.BuildTemplate(t.Context(), spec)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -27,27 +30,27 @@ func TestBuild(t *testing.T) {
 	if _, err := c.Control.Create(t.Context(), req); !errors.Is(err, sandbox.ErrUnavailable) {
 		t.Errorf("create while it is being built: %v", err)
 	}
-	b, err := c.Control.GetBuild(t.Context(), built.BuildID, 0, 0)
-	if err != nil || b.State != control.BuildBuilding || len(b.Entries) != 1 {
+	b, err := c.Control.GetBuild(t.Context(), built.ID, 0, 0)
+	if err != nil || b.State != sandbox.BuildBuilding || len(b.Entries) != 1 {
 		t.Errorf("%+v, %v", b, err)
 	}
-	c.Node.FinishBuild(built.BuildID, "sha256:70015", "")
-	if b, err = c.Control.GetBuild(t.Context(), built.BuildID, 1, time.Second); err != nil || b.State != control.BuildReady || len(b.Entries) != 1 {
+	c.Node.FinishBuild(built.ID, "sha256:70015", "")
+	if b, err = c.Control.GetBuild(t.Context(), built.ID, 1, time.Second); err != nil || b.State != sandbox.BuildReady || len(b.Entries) != 1 {
 		t.Errorf("%+v, %v", b, err)
 	}
 	mustCreate(t, c, req)
 
-	again, err := c.Control.BuildTemplate(t.Context(), spec)
-	if err != nil || again.ID != built.ID {
-		t.Fatalf("rebuilt as %s, %v", again.ID, err)
+	same, again, err := c.Control.BuildTemplate(t.Context(), spec)
+	if err != nil || same.ID != tpl.ID || again.ID == built.ID {
+		t.Fatalf("rebuilt as %s, %v", same.ID, err)
 	}
 	mustCreate(t, c, req) // from the image that was there before
-	c.Node.FinishBuild(again.BuildID, "", "no such image")
-	if b, err = c.Control.GetBuild(t.Context(), again.BuildID, 0, 0); err != nil || b.State != control.BuildFailed {
+	c.Node.FinishBuild(again.ID, "", "no such image")
+	if b, err = c.Control.GetBuild(t.Context(), again.ID, 0, 0); err != nil || b.State != sandbox.BuildFailed {
 		t.Errorf("%+v, %v", b, err)
 	}
 	got, err := c.Control.GetTemplate(t.Context(), "tools")
-	if err != nil || got.BuildError != "no such image" || got.ImageDigest != "sha256:70015" {
+	if err != nil || got.Builds[0].Error != "no such image" || got.Tags[sandbox.DefaultTag].BuildID != built.ID {
 		t.Errorf("%+v, %v", got, err)
 	}
 	if err := c.Control.DeleteTemplate(t.Context(), "tools"); err != nil {
@@ -67,6 +70,8 @@ func TestBuild(t *testing.T) {
 	}
 }
 
+func from(sources ...string) control.Recipe { return control.Recipe{Sources: sources} }
+
 func TestBuildRefusals(t *testing.T) {
 	c := apitest.NewCluster(t, nil)
 	tests := []struct {
@@ -74,14 +79,14 @@ func TestBuildRefusals(t *testing.T) {
 		kind error
 	}{
 		{control.BuildSpec{Name: "x"}, sandbox.ErrInvalid},
-		{control.BuildSpec{Name: "", Sources: []string{"debian:bookworm"}}, sandbox.ErrInvalid},
-		{control.BuildSpec{Name: "x", Sources: []string{""}}, sandbox.ErrInvalid},
-		{control.BuildSpec{Name: "x", Sources: []string{"a\nb"}}, sandbox.ErrInvalid},
-		{control.BuildSpec{Name: "x:v1", Sources: []string{"debian:bookworm"}}, sandbox.ErrUnsupported},
-		{control.BuildSpec{Name: "x", Sources: []string{"a"}, Resources: sandbox.Resources{MilliCPU: 1}}, sandbox.ErrInvalid},
+		{control.BuildSpec{Name: "", Recipe: from("debian:bookworm")}, sandbox.ErrInvalid},
+		{control.BuildSpec{Name: "x", Recipe: from("")}, sandbox.ErrInvalid},
+		{control.BuildSpec{Name: "x", Recipe: from("a\nb")}, sandbox.ErrInvalid},
+		{control.BuildSpec{Name: "x", Tags: []string{"-"}, Recipe: from("a")}, sandbox.ErrInvalid},
+		{control.BuildSpec{Name: "x", Recipe: from("a"), Resources: sandbox.Resources{MilliCPU: 1}}, sandbox.ErrInvalid},
 	}
 	for _, tt := range tests {
-		if _, err := c.Control.BuildTemplate(t.Context(), tt.spec); !errors.Is(err, tt.kind) {
+		if _, _, err := c.Control.BuildTemplate(t.Context(), tt.spec); !errors.Is(err, tt.kind) {
 			t.Errorf("%+v: %v", tt.spec, err)
 		}
 	}
@@ -89,9 +94,9 @@ func TestBuildRefusals(t *testing.T) {
 
 func TestEnsureTemplate(t *testing.T) {
 	c := apitest.NewCluster(t, nil)
-	spec := control.BuildSpec{Name: "base", Sources: []string{"debian:bookworm"}}
-	got, err := c.Control.EnsureTemplate(t.Context(), spec)
-	if err != nil || got.BuildState != control.BuildReady || got.ID != apitest.BaseID {
+	spec := control.BuildSpec{Name: "base", Recipe: from("debian:bookworm")}
+	got, b, err := c.Control.EnsureTemplate(t.Context(), spec)
+	if err != nil || b.State != sandbox.BuildReady || got.ID != apitest.BaseID {
 		t.Errorf("an image that is there: %+v, %v", got, err)
 	}
 	// The node has lost its images.
@@ -103,30 +108,24 @@ func TestEnsureTemplate(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	got, err = c.Control.EnsureTemplate(t.Context(), spec)
-	if err != nil || got.BuildState != control.BuildBuilding || got.ID != apitest.BaseID {
+	got, b, err = c.Control.EnsureTemplate(t.Context(), spec)
+	if err != nil || b.State != sandbox.BuildBuilding || got.ID != apitest.BaseID {
 		t.Errorf("an image that is gone: %+v, %v", got, err)
 	}
 }
 
-// Run ends builds that nobody looks at, and takes up those that a restart of server or node cut off.
+// Run ends builds that nobody looks at, and takes up those that a restart of the server cut off.
 func TestRunFollowsBuilds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := apitest.NewCluster(t, nil)
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan error, 1)
 		go func() { done <- c.Control.Run(ctx) }()
-		built, err := c.Control.BuildTemplate(t.Context(), control.BuildSpec{Name: "tools", Sources: []string{"dir:/tools"}})
+		tpl, built, err := c.Control.BuildTemplate(t.Context(), control.BuildSpec{Name: "tools", Recipe: from("dir:/tools")})
 		if err != nil {
 			t.Fatal(err)
 		}
 		synctest.Wait()
-		c.Node.ForgetBuilds() // the node restarts
-		asleep(time.Second)
-		resumed, err := c.Control.GetTemplate(t.Context(), "tools")
-		if err != nil || resumed.BuildState != control.BuildBuilding {
-			t.Fatalf("%+v, %v", resumed, err)
-		}
 		cancel() // the server restarts
 		if err := <-done; err != nil {
 			t.Error(err)
@@ -137,18 +136,49 @@ func TestRunFollowsBuilds(t *testing.T) {
 		asleep(3 * time.Second) // no node has joined yet
 		c.Join(t, c.Node)
 		asleep(3 * time.Second)
-		if resumed, err = c.Control.GetTemplate(t.Context(), "tools"); err != nil || resumed.BuildState != control.BuildBuilding {
-			t.Fatalf("%+v, %v", resumed, err)
+		if b := newest(t, c, "tools"); b.State != sandbox.BuildBuilding {
+			t.Fatalf("%+v", b)
 		}
-		c.Node.FinishBuild(resumed.BuildID, "sha256:70015", "")
+		c.Node.FinishBuild(built.ID, "sha256:70015", "")
 		asleep(3 * time.Second)
-		got, err := c.Control.GetTemplate(t.Context(), "tools")
-		if err != nil || got.BuildState != control.BuildReady || got.ImageDigest != "sha256:70015" || got.ID != built.ID {
-			t.Errorf("%+v, %v", got, err)
+		if b := newest(t, c, string(tpl.ID)); b.State != sandbox.BuildReady || b.ImageDigest != "sha256:70015" {
+			t.Errorf("%+v", b)
 		}
 		cancel()
 		if err := <-done; err != nil {
 			t.Error(err)
 		}
 	})
+}
+
+// A build whose node has restarted has failed.
+func TestForgottenBuild(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := apitest.NewCluster(t, nil)
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() { done <- c.Control.Run(ctx) }()
+		if _, _, err := c.Control.BuildTemplate(t.Context(), control.BuildSpec{Name: "tools", Recipe: from("a")}); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		c.Node.ForgetBuilds()
+		asleep(time.Minute)
+		if b := newest(t, c, "tools"); b.State != sandbox.BuildFailed || !strings.Contains(b.Error, "restarted") {
+			t.Errorf("%+v", b)
+		}
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func newest(t *testing.T, c *apitest.Cluster, ref string) sandbox.Build {
+	t.Helper()
+	tpl, err := c.Control.GetTemplate(t.Context(), ref)
+	if err != nil || len(tpl.Builds) == 0 {
+		t.Fatalf("%+v, %v", tpl, err)
+	}
+	return tpl.Builds[0]
 }

@@ -26,7 +26,7 @@ type templates interface {
 	CreateTemplate(ctx context.Context, t sandbox.Template) error
 	Template(ctx context.Context, idOrName string) (sandbox.Template, error)
 	UpdateTemplate(ctx context.Context, id sandbox.TemplateID, change func(*sandbox.Template) error) (sandbox.Template, error)
-	DeleteTemplate(ctx context.Context, id sandbox.TemplateID) error
+	DeleteTemplate(ctx context.Context, id sandbox.TemplateID) (sandbox.Template, error)
 	Templates(ctx context.Context) ([]sandbox.Template, error)
 }
 

@@ -44,16 +44,16 @@ func (c *Control) Create(ctx context.Context, req CreateRequest) (sandbox.Sandbo
 	if err := c.admit(&req); err != nil {
 		return sandbox.Sandbox{}, err
 	}
-	template, err := c.resolve(ctx, req.Template)
+	template, build, err := c.resolveBuild(ctx, req.Template)
 	if err != nil {
 		return sandbox.Sandbox{}, err
 	}
-	msg, err := c.createMessage(template, req)
+	msg, err := c.createMessage(template, build, req)
 	if err != nil {
 		return sandbox.Sandbox{}, err
 	}
 	want := resourcesFromWire(msg.GetResources())
-	decision := c.fleet.place(scheduler.Request{Resources: want, ImageDigest: template.ImageDigest}, time.Now())
+	decision := c.fleet.place(scheduler.Request{Resources: want, ImageDigest: build.ImageDigest}, time.Now())
 	if len(decision.Candidates) == 0 {
 		return sandbox.Sandbox{}, refusal(decision)
 	}
@@ -74,20 +74,26 @@ func (c *Control) admit(req *CreateRequest) error {
 	return errors.Join(checkMetadata(req.Metadata), checkEnv(req.Env))
 }
 
-func (c *Control) createMessage(t sandbox.Template, req CreateRequest) (*agentv1.CreateRequest, error) {
-	if t.ImageDigest == "" {
-		return nil, notBuilt(t)
-	}
-	want := orElse(orElse(req.Resources, t.Resources), c.limits.DefaultResources)
+func (c *Control) createMessage(t sandbox.Template, b sandbox.Build, req CreateRequest) (*agentv1.CreateRequest, error) {
+	own := orElse(b.Resources, c.limits.DefaultResources)
+	want := orElse(req.Resources, own)
 	if err := checkResources(want); err != nil {
 		return nil, err
 	}
-	return &agentv1.CreateRequest{
-		TemplateId: string(t.ID), TemplateName: nameFor(t, req.Template), ImageDigest: t.ImageDigest,
+	msg := &agentv1.CreateRequest{
+		TemplateId: string(t.ID), TemplateName: nameFor(t, req.Template), ImageDigest: b.ImageDigest,
 		Resources: resourcesToWire(want), Metadata: req.Metadata, Env: req.Env, Timeout: timeoutToWire(req.Timeout),
 		Secure: req.Secure, AllowInternet: req.AllowInternet, IdempotencyKey: req.IdempotencyKey,
-		CustomSize: want != orElse(t.Resources, c.limits.DefaultResources),
-	}, nil
+		CustomSize: want != own, Guest: guestToWire(b.Guest),
+	}
+	if b.Checkpoint != "" {
+		if want != own {
+			return nil, sandbox.Invalidf("template %q holds saved processes, whose size cannot change: leave the resources out",
+				msg.GetTemplateName())
+		}
+		msg.CheckpointId = b.ID
+	}
+	return msg, nil
 }
 
 // refusal says why no node was found. What is too large for every node is the caller's mistake, not a lack of room.

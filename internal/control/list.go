@@ -124,7 +124,7 @@ func (c *Control) matcher(ctx context.Context, q ListQuery) (matcher, error) {
 		return matcher{}, err
 	}
 	m.template = name.String()
-	t, err := c.resolve(ctx, q.Template)
+	t, _, err := c.resolve(ctx, q.Template)
 	switch {
 	case err == nil:
 		m.templateID = t.ID

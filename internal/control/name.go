@@ -7,10 +7,7 @@ import (
 	"github.com/cloister-dev/cloister/internal/sandbox"
 )
 
-const (
-	maxNameLen = 128
-	defaultTag = "default"
-)
+const maxNameLen = 128
 
 var (
 	namePart = regexp.MustCompile(`^[a-z0-9](?:[a-z0-9._-]*[a-z0-9])?$`)
@@ -33,7 +30,7 @@ func ParseName(s string) (Name, error) {
 	if len(s) > maxNameLen {
 		return Name{}, sandbox.Invalidf("template name %.40q... has %d characters: want at most %d", s, len(s), maxNameLen)
 	}
-	n := Name{Alias: s, Tag: defaultTag}
+	n := Name{Alias: s, Tag: sandbox.DefaultTag}
 	if rest, tag, tagged := strings.Cut(s, ":"); tagged {
 		if !tagPart.MatchString(tag) {
 			return Name{}, sandbox.Invalidf("template name %.80q: tag %.80q: want letters, digits, '.', '_' and '-'", s, tag)
@@ -65,7 +62,7 @@ func (n Name) Key() string {
 
 // String is the shortest text that ParseName reads as n.
 func (n Name) String() string {
-	if n.Tag == defaultTag {
+	if n.Tag == sandbox.DefaultTag {
 		return n.Key()
 	}
 	return n.Key() + ":" + n.Tag

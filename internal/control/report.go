@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"regexp"
+	"slices"
 	"time"
 
 	nodev1 "github.com/cloister-dev/cloister/internal/gen/node/v1"
@@ -24,7 +25,7 @@ func (c *Control) Register(ctx context.Context, req *nodev1.RegisterRequest) (*n
 		return nil, toNode(err)
 	}
 	now := time.Now().UTC()
-	n, epoch := c.fleet.register(n, req.GetImageDigests(), now)
+	n, epoch := c.fleet.register(n, slices.Concat(req.GetImageDigests(), req.GetCheckpointIds()), now)
 	if err := c.nodes.PutNode(ctx, n); err != nil {
 		return nil, toNode(fmt.Errorf("record node %s: %w", n.ID, err))
 	}

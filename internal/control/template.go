@@ -4,12 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
+	"maps"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
-	agentv1 "github.com/cloister-dev/cloister/internal/gen/agent/v1"
 	"github.com/cloister-dev/cloister/internal/sandbox"
 )
 
@@ -61,52 +61,93 @@ func (g *catalog) forget() {
 	g.changes++
 }
 
-// resolve finds a template by name or id. Errors: ErrInvalid for a name that can be none, ErrNotFound.
-func (c *Control) resolve(ctx context.Context, ref string) (sandbox.Template, error) {
-	now := time.Now()
-	t, changes, ok := c.catalog.get(ref, now)
-	if ok {
-		return t, nil
-	}
+// resolve finds the template of a name or id, whatever its tag. Errors: ErrInvalid for a name that can be none,
+// ErrNotFound.
+func (c *Control) resolve(ctx context.Context, ref string) (sandbox.Template, Name, error) {
 	name, err := ParseName(ref)
 	if err != nil {
-		return sandbox.Template{}, err
+		return sandbox.Template{}, Name{}, err
 	}
-	t, err = c.templates.Template(ctx, name.String())
+	now := time.Now()
+	t, changes, ok := c.catalog.get(name.Key(), now)
+	if ok {
+		return t, name, nil
+	}
+	t, err = c.templates.Template(ctx, name.Key())
 	if errors.Is(err, sandbox.ErrNotFound) {
-		return sandbox.Template{}, sandbox.NotFoundf("template %q does not exist", name)
+		return sandbox.Template{}, Name{}, sandbox.NotFoundf("template %q does not exist", name)
 	}
 	if err != nil {
-		return sandbox.Template{}, fmt.Errorf("find template %q: %w", name, err)
+		return sandbox.Template{}, Name{}, fmt.Errorf("find template %q: %w", name, err)
 	}
-	c.catalog.put(ref, t, changes, now)
-	return t, nil
+	c.catalog.put(name.Key(), t, changes, now)
+	return t, name, nil
+}
+
+// resolveBuild finds what [namespace/]alias[:tag] or id[:tag] means to a sandbox that starts now; the id of a build
+// serves as a tag of it. The build is ready.
+// Errors: ErrInvalid, ErrNotFound for the template or its tag, ErrUnavailable for one whose first build is under way,
+// ErrConflict for one that was never built.
+func (c *Control) resolveBuild(ctx context.Context, ref string) (sandbox.Template, sandbox.Build, error) {
+	t, name, err := c.resolve(ctx, ref)
+	if err != nil {
+		return sandbox.Template{}, sandbox.Build{}, err
+	}
+	b, ok := t.Tagged(name.Tag)
+	if !ok {
+		b, ok = t.Build(name.Tag)
+	}
+	if !ok || b.State != sandbox.BuildReady {
+		return sandbox.Template{}, sandbox.Build{}, notBuilt(t, name)
+	}
+	return t, b, nil
 }
 
 // nameFor is the name by which a template was asked for; asked for by id, it is its main name.
 func nameFor(t sandbox.Template, ref string) string {
-	if ref == string(t.ID) {
-		if len(t.Names) > 0 {
-			return t.Names[0]
-		}
-		return ref
-	}
 	name, err := ParseName(ref)
 	if err != nil {
 		return ref
 	}
+	if name.Key() == string(t.ID) && len(t.Names) > 0 {
+		main, err := ParseName(t.Names[0])
+		if err == nil {
+			main.Tag = name.Tag
+			return main.String()
+		}
+	}
 	return name.String()
 }
 
-func notBuilt(t sandbox.Template) error {
-	name := nameFor(t, string(t.ID))
-	switch t.BuildState {
-	case BuildBuilding:
-		return sandbox.Unavailablef("template %q is being built: try again when build %s is ready", name, t.BuildID)
-	case BuildFailed:
-		return sandbox.Conflictf("template %q has no image, because its build failed: %s", name, t.BuildError)
+// notBuilt says why there is nothing to start behind a tag.
+func notBuilt(t sandbox.Template, name Name) error {
+	newest, any := t.Newest()
+	for _, b := range t.Builds {
+		if slices.Contains(b.Tags, name.Tag) {
+			newest = b
+			break
+		}
+	}
+	switch {
+	case any && slices.Contains(newest.Tags, name.Tag) && newest.State == sandbox.BuildFailed:
+		return sandbox.Conflictf("template %q has no image, because its build failed: %s", name, newest.Error)
+	case any && slices.Contains(newest.Tags, name.Tag) && newest.State != sandbox.BuildReady:
+		return sandbox.Unavailablef("template %q is being built: try again when build %s is ready", name, newest.ID)
+	case len(t.Tags) > 0:
+		return sandbox.NotFoundf("template %q does not exist: its tags are %s", name, strings.Join(sortedTags(t), ", "))
 	}
 	return sandbox.Conflictf("template %q has no image: build it first", name)
+}
+
+// maxNamedTags bounds the tags that an error names.
+const maxNamedTags = 8
+
+func sortedTags(t sandbox.Template) []string {
+	tags := slices.Sorted(maps.Keys(t.Tags))
+	if len(tags) > maxNamedTags {
+		tags = append(tags[:maxNamedTags], "...")
+	}
+	return tags
 }
 
 // ListTemplates returns all templates, the oldest first.
@@ -121,50 +162,29 @@ func (c *Control) ListTemplates(ctx context.Context) ([]sandbox.Template, error)
 
 // GetTemplate returns a template by name or id. Errors: ErrInvalid, ErrNotFound.
 func (c *Control) GetTemplate(ctx context.Context, ref string) (sandbox.Template, error) {
-	return c.resolve(ctx, ref)
+	t, _, err := c.resolve(ctx, ref)
+	return t, err
 }
 
-// DeleteTemplate removes a template and, where no other template shares it, its image from the nodes. Running sandboxes
-// stay. Errors: ErrNotFound; ErrConflict for "base", without which nothing starts by default.
+// DeleteTemplate removes a template and what only it used from the nodes. Running sandboxes stay.
+// Errors: ErrNotFound; ErrConflict for "base", without which nothing starts by default.
 func (c *Control) DeleteTemplate(ctx context.Context, ref string) error {
-	t, err := c.resolve(ctx, ref)
+	t, _, err := c.resolve(ctx, ref)
 	if err != nil {
 		return err
 	}
 	if slices.Contains(t.Names, DefaultTemplate) {
 		return sandbox.Conflictf("template %q is what sandboxes are made from by default: rebuild it instead", DefaultTemplate)
 	}
-	if err := c.templates.DeleteTemplate(ctx, t.ID); err != nil {
+	t, err = c.templates.DeleteTemplate(ctx, t.ID)
+	c.catalog.forget()
+	if err != nil {
 		return fmt.Errorf("delete template %q: %w", ref, err)
 	}
-	c.catalog.forget()
 	c.note(ctx, Event{
 		Type: "template_deleted", Message: fmt.Sprintf("template %s deleted", nameFor(t, string(t.ID))),
 		Fields: map[string]string{"template_id": string(t.ID)},
 	})
-	c.removeImage(ctx, t)
+	c.freeBuilds(ctx, t.ID, t.Builds)
 	return nil
-}
-
-// removeImage frees a template's image on the nodes that are ready. What it misses, the node drops by itself: a node
-// keeps no image that no template and no sandbox uses.
-func (c *Control) removeImage(ctx context.Context, t sandbox.Template) {
-	others, err := c.templates.Templates(ctx)
-	if err != nil || slices.ContainsFunc(others, func(o sandbox.Template) bool { return o.ImageDigest == t.ImageDigest }) {
-		return
-	}
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), c.limits.CallDeadline)
-	defer cancel()
-	for _, node := range c.fleet.holders(t.ImageDigest) {
-		agent, err := c.agent(node)
-		if err != nil {
-			continue
-		}
-		_, err = agent.RemoveTemplate(ctx, &agentv1.RemoveTemplateRequest{TemplateId: string(t.ID), ImageDigest: t.ImageDigest})
-		if err != nil {
-			c.log.LogAttrs(ctx, slog.LevelWarn, "template image not removed", nodeAttr(node), errAttr(err))
-			continue
-		}
-		c.fleet.setImage(node, t.ImageDigest, false)
-	}
 }

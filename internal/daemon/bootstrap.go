@@ -87,18 +87,20 @@ func writeSecret(path, text string) error {
 // ensureTemplate waits until the default template can be used, and builds it where it cannot.
 func (d *daemon) ensureTemplate(ctx context.Context) error {
 	spec := control.BuildSpec{
-		Name: d.cfg.DefaultTemplate, Sources: d.cfg.BaseSources, Resources: d.defaultResources(),
-		RegistryUsername: d.cfg.RegistryUsername, RegistryPassword: d.cfg.RegistryPassword,
+		Name: d.cfg.DefaultTemplate, Resources: d.defaultResources(),
+		Recipe: control.Recipe{
+			Sources: d.cfg.BaseSources, RegistryUsername: d.cfg.RegistryUsername, RegistryPassword: d.cfg.RegistryPassword,
+		},
 	}
-	t, err := d.server.control.EnsureTemplate(ctx, spec)
+	_, build, err := d.server.control.EnsureTemplate(ctx, spec)
 	if err != nil {
 		return fmt.Errorf("prepare template %s: %w", spec.Name, err)
 	}
-	if t.BuildState != "building" {
+	if build.State == sandbox.BuildReady {
 		return nil
 	}
 	for offset := int32(0); ; {
-		b, err := d.server.control.GetBuild(ctx, t.BuildID, offset, 10*time.Second)
+		b, err := d.server.control.GetBuild(ctx, build.ID, offset, 10*time.Second)
 		if err != nil {
 			return fmt.Errorf("follow the build of template %s: %w", spec.Name, err)
 		}
@@ -108,9 +110,9 @@ func (d *daemon) ensureTemplate(ctx context.Context) error {
 		}
 		offset += int32(len(b.Entries)) //nolint:gosec // a bounded page
 		switch b.State {
-		case "ready":
+		case sandbox.BuildReady:
 			return nil
-		case "failed":
+		case sandbox.BuildFailed:
 			return fmt.Errorf("build template %s: %s", spec.Name, b.Error)
 		}
 	}

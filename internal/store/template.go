@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"time"
 
@@ -15,6 +16,12 @@ import (
 
 // maxTemplateNames bounds a template's names, and with them the size of a transaction.
 const maxTemplateNames = 32
+
+// maxTemplateBuilds and maxTemplateTags bound a record, which etcd takes up to a mebibyte of.
+const (
+	maxTemplateBuilds = 256
+	maxTemplateTags   = 256
+)
 
 // templateName says which template a name finds.
 type templateName struct {
@@ -52,6 +59,10 @@ func checkTemplate(t sandbox.Template) error {
 	}
 	if len(t.Names) > maxTemplateNames {
 		return sandbox.Invalidf("template %s has %d names: want at most %d", t.ID, len(t.Names), maxTemplateNames)
+	}
+	if len(t.Builds) > maxTemplateBuilds || len(t.Tags) > maxTemplateTags {
+		return sandbox.Exhaustedf("template %s has %d builds and %d tags: want at most %d and %d", t.ID, len(t.Builds), len(t.Tags),
+			maxTemplateBuilds, maxTemplateTags)
 	}
 	for i, n := range t.Names {
 		if err := checkName("template name", n); err != nil {
@@ -153,9 +164,7 @@ func (s *Store) UpdateTemplate(
 		if err != nil {
 			return sandbox.Template{}, err
 		}
-		next := old.Value
-		next.Names = slices.Clone(old.Value.Names)
-		next.Sources = slices.Clone(old.Value.Sources)
+		next := cloneTemplate(old.Value)
 		if err := change(&next); err != nil {
 			return sandbox.Template{}, err
 		}
@@ -166,6 +175,12 @@ func (s *Store) UpdateTemplate(
 		}
 	}
 	return sandbox.Template{}, s.templates.changed(string(id))
+}
+
+// cloneTemplate copies what change may write to; the inside of a build is replaced, never written.
+func cloneTemplate(t sandbox.Template) sandbox.Template {
+	t.Names, t.Builds, t.Tags = slices.Clone(t.Names), slices.Clone(t.Builds), maps.Clone(t.Tags)
+	return t
 }
 
 // swapTemplate replaces old by next once; done is false where old was no longer the newest.
@@ -221,12 +236,12 @@ func without(a, b []string) []string {
 	return out
 }
 
-// DeleteTemplate deletes a template and frees its names, or answers ErrNotFound.
-func (s *Store) DeleteTemplate(ctx context.Context, id sandbox.TemplateID) error {
+// DeleteTemplate deletes a template, frees its names and returns what it was, or answers ErrNotFound.
+func (s *Store) DeleteTemplate(ctx context.Context, id sandbox.TemplateID) (sandbox.Template, error) {
 	for range maxRetries {
 		old, err := s.templates.get(ctx, string(id))
 		if err != nil {
-			return err
+			return sandbox.Template{}, err
 		}
 		then := []clientv3.Op{clientv3.OpDelete(s.templates.key(string(id)))}
 		for _, n := range old.Value.Names {
@@ -234,13 +249,13 @@ func (s *Store) DeleteTemplate(ctx context.Context, id sandbox.TemplateID) error
 		}
 		ok, _, err := commit(ctx, s.client, []clientv3.Cmp{unchanged(s.templates.key(string(id)), old.Revision)}, then)
 		if err != nil {
-			return fmt.Errorf("delete template %s: %w", id, err)
+			return sandbox.Template{}, fmt.Errorf("delete template %s: %w", id, err)
 		}
 		if ok {
-			return nil
+			return old.Value, nil
 		}
 	}
-	return s.templates.changed(string(id))
+	return sandbox.Template{}, s.templates.changed(string(id))
 }
 
 // Templates returns all templates, the oldest first.

@@ -35,10 +35,10 @@ func TestTemplates(t *testing.T) {
 
 	rename := func(tm *sandbox.Template) error {
 		tm.Names = []string{"base", "stable"}
-		tm.BuildState = "ready"
+		tm.Tags = map[string]sandbox.Tag{"default": {BuildID: "b"}}
 		return nil
 	}
-	if got, err := s.UpdateTemplate(ctx, "idbase", rename); err != nil || got.BuildState != "ready" {
+	if got, err := s.UpdateTemplate(ctx, "idbase", rename); err != nil || got.Tags["default"].BuildID != "b" {
 		t.Errorf("UpdateTemplate = %+v, %v", got, err)
 	}
 	if _, err := s.Template(ctx, "team/base:1"); !errors.Is(err, sandbox.ErrNotFound) {
@@ -51,8 +51,8 @@ func TestTemplates(t *testing.T) {
 	if _, err := s.UpdateTemplate(ctx, "idbase", steal); !errors.Is(err, sandbox.ErrConflict) {
 		t.Errorf("taking another's name: %v, want ErrConflict", err)
 	}
-	if err := s.DeleteTemplate(ctx, "idbase"); err != nil {
-		t.Fatal(err)
+	if was, err := s.DeleteTemplate(ctx, "idbase"); err != nil || was.ID != "idbase" {
+		t.Fatal(was, err)
 	}
 	if err := s.CreateTemplate(ctx, sandbox.Template{ID: "idnew", Names: []string{"base", "stable"}}); err != nil {
 		t.Errorf("names of a deleted template are not free: %v", err)
@@ -91,7 +91,7 @@ func TestTemplateRefusals(t *testing.T) {
 	if _, err := s.Template(ctx, "free"); !errors.Is(err, sandbox.ErrNotFound) {
 		t.Errorf("a refused template left a name behind: %v", err)
 	}
-	if err := s.DeleteTemplate(ctx, "nobody"); !errors.Is(err, sandbox.ErrNotFound) {
+	if _, err := s.DeleteTemplate(ctx, "nobody"); !errors.Is(err, sandbox.ErrNotFound) {
 		t.Errorf("DeleteTemplate: %v, want ErrNotFound", err)
 	}
 	stop := errors.New("stop")
@@ -134,14 +134,17 @@ func TestConcurrentUpdates(t *testing.T) {
 	var wg sync.WaitGroup
 	for range 10 {
 		wg.Go(func() {
-			grow := func(tm *sandbox.Template) error { tm.ImageBytes++; return nil }
+			grow := func(tm *sandbox.Template) error {
+				tm.Builds = append(tm.Builds, sandbox.Build{ID: fmt.Sprint(len(tm.Builds))})
+				return nil
+			}
 			if _, err := s.UpdateTemplate(t.Context(), "id", grow); err != nil {
 				t.Error(err)
 			}
 		})
 	}
 	wg.Wait()
-	if got, err := s.Template(t.Context(), "id"); err != nil || got.ImageBytes != 10 {
-		t.Errorf("after 10 updates the count is %d (%v)", got.ImageBytes, err)
+	if got, err := s.Template(t.Context(), "id"); err != nil || len(got.Builds) != 10 {
+		t.Errorf("after 10 updates there are %d builds (%v)", len(got.Builds), err)
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"maps"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -27,6 +28,8 @@ var _ agentv1connect.AgentServiceClient = (*Node)(nil)
 
 // Node answers agent.v1 as a node does, and runs nothing.
 type Node struct {
+	agentv1connect.UnimplementedAgentServiceHandler
+
 	ID       sandbox.NodeID
 	Capacity sandbox.Resources
 	// Room is how many sandboxes fit; 0 means any number.
@@ -41,6 +44,7 @@ type Node struct {
 	sequence  int64
 	builds    map[string]*agentv1.GetBuildResponse
 	created   []*agentv1.CreateRequest
+	asked     []*agentv1.BuildRequest
 	removed   []string
 }
 
@@ -297,12 +301,12 @@ func (n *Node) Build(_ context.Context, req *agentv1.BuildRequest) (*agentv1.Bui
 	if n.err != nil {
 		return nil, n.err
 	}
-	id := fmt.Sprintf("00000000-0000-4000-8000-%012d", len(n.builds)+1)
-	n.builds[id] = &agentv1.GetBuildResponse{
-		State: agentv1.BuildState_BUILD_STATE_BUILDING, Step: "fetch", Progress: 0.25, Source: req.GetSources()[0],
+	n.asked = append(n.asked, req)
+	n.builds[req.GetBuildId()] = &agentv1.GetBuildResponse{
+		State: agentv1.BuildState_BUILD_STATE_BUILDING, Step: "fetch", Progress: 0.25, Source: strings.Join(req.GetSources()[:min(1, len(req.GetSources()))], ""),
 		Entries: []*agentv1.LogEntry{{Time: timestamppb.Now(), Level: "info", Message: "fetching"}},
 	}
-	return &agentv1.BuildResponse{BuildId: id}, nil
+	return &agentv1.BuildResponse{BuildId: req.GetBuildId()}, nil
 }
 
 // FinishBuild ends a build: with an image where failure is empty.
@@ -356,7 +360,11 @@ func (n *Node) buildNow(req *agentv1.GetBuildRequest) (*agentv1.GetBuildResponse
 		return nil, connect.NewError(connect.CodeNotFound, fmt.Errorf("build %s is not here", req.GetBuildId()))
 	}
 	c, _ := proto.Clone(b).(*agentv1.GetBuildResponse) // of the same type
+	c.EntriesTotal = int32(len(c.Entries))             //nolint:gosec // a test's few
 	c.Entries = c.Entries[min(int(req.GetOffset()), len(c.Entries)):]
+	if limit := int(req.GetLimit()); limit > 0 {
+		c.Entries = c.Entries[:min(limit, len(c.Entries))]
+	}
 	return c, nil
 }
 

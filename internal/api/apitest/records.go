@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -84,6 +85,7 @@ func (r *Records) UpdateTemplate(_ context.Context, id sandbox.TemplateID, chang
 	if !ok {
 		return t, sandbox.NotFoundf("template %q does not exist", id)
 	}
+	t.Names, t.Builds, t.Tags = slices.Clone(t.Names), slices.Clone(t.Builds), maps.Clone(t.Tags)
 	if err := change(&t); err != nil {
 		return t, err
 	}
@@ -92,11 +94,15 @@ func (r *Records) UpdateTemplate(_ context.Context, id sandbox.TemplateID, chang
 }
 
 // DeleteTemplate implements control's interface.
-func (r *Records) DeleteTemplate(_ context.Context, id sandbox.TemplateID) error {
+func (r *Records) DeleteTemplate(_ context.Context, id sandbox.TemplateID) (sandbox.Template, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	t, ok := r.templates[id]
+	if !ok {
+		return t, sandbox.NotFoundf("template %q does not exist", id)
+	}
 	delete(r.templates, id)
-	return nil
+	return t, nil
 }
 
 // Templates implements control's interface.

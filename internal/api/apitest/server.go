@@ -17,8 +17,9 @@ import (
 	"github.com/cloister-dev/cloister/internal/sandbox"
 )
 
-// BaseDigest is the image of the template "base" that every Cluster has, BaseID its id.
+// BaseDigest is the image of the template "base" that every Cluster has, BaseID its id, BaseBuild its build.
 const (
+	BaseBuild  = "b45eb45e-0000-4000-8000-000000000000"
 	BaseDigest = "sha256:b45e"
 	BaseID     = sandbox.TemplateID("base0template0id0000")
 )
@@ -43,8 +44,12 @@ func NewCluster(tb testing.TB, change func(*control.Config)) *Cluster {
 	}
 	now := time.Now().UTC()
 	err := c.Records.CreateTemplate(tb.Context(), sandbox.Template{
-		ID: BaseID, Names: []string{"base"}, ImageDigest: BaseDigest, BuildState: control.BuildReady, CreatedAt: now, UpdatedAt: now,
-		Resources: sandbox.Resources{MilliCPU: 2000, MemoryBytes: 512 << 20, DiskBytes: 4 << 30},
+		ID: BaseID, Kind: sandbox.TemplateBuilt, Names: []string{"base"}, CreatedAt: now, UpdatedAt: now,
+		Tags: map[string]sandbox.Tag{sandbox.DefaultTag: {BuildID: BaseBuild, At: now}},
+		Builds: []sandbox.Build{{
+			ID: BaseBuild, State: sandbox.BuildReady, Tags: []string{sandbox.DefaultTag}, ImageDigest: BaseDigest, CreatedAt: now, FinishedAt: now,
+			Resources: sandbox.Resources{MilliCPU: 2000, MemoryBytes: 512 << 20, DiskBytes: 4 << 30},
+		}},
 	})
 	if err != nil {
 		tb.Fatal(err)

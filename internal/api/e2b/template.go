@@ -1,11 +1,11 @@
 package e2b
 
 import (
+	"cmp"
 	"net/http"
 	"time"
 
 	"github.com/cloister-dev/cloister/internal/api/exchange"
-	"github.com/cloister-dev/cloister/internal/control"
 	"github.com/cloister-dev/cloister/internal/sandbox"
 )
 
@@ -29,29 +29,20 @@ type templateWire struct {
 }
 
 // buildStatus is the contract's word for a template's build.
-func buildStatus(t sandbox.Template) string {
-	switch t.BuildState {
-	case control.BuildBuilding:
-		return "building"
-	case control.BuildFailed:
+func buildStatus(b sandbox.Build) string {
+	if b.State == sandbox.BuildFailed {
 		return "error"
-	case control.BuildReady:
-		return "ready"
 	}
-	if t.ImageDigest != "" {
-		return "ready"
-	}
-	return "waiting"
+	return cmp.Or(b.State, sandbox.BuildWaiting)
 }
 
 func templateToWire(t sandbox.Template) templateWire {
+	b, _ := t.Newest()
 	w := templateWire{
-		TemplateID: string(t.ID), BuildID: t.BuildID, BuildStatus: buildStatus(t), Aliases: t.Names, Names: t.Names,
-		CPUCount: cpus(t.Resources.MilliCPU), MemoryMB: t.Resources.MemoryBytes / mib, DiskSizeMB: t.Resources.DiskBytes / mib,
+		TemplateID: string(t.ID), BuildID: b.ID, BuildStatus: buildStatus(b), Aliases: t.Names, Names: t.Names,
+		CPUCount: cpus(b.Resources.MilliCPU), MemoryMB: b.Resources.MemoryBytes / mib, DiskSizeMB: b.Resources.DiskBytes / mib,
 		EnvdVersion: contractVersion, Public: t.Public, CreatedAt: stamp(t.CreatedAt), UpdatedAt: stamp(t.UpdatedAt),
-	}
-	if t.BuildID != "" {
-		w.BuildCount = 1
+		BuildCount: len(t.Builds),
 	}
 	if w.Names == nil {
 		w.Names, w.Aliases = []string{}, []string{}
@@ -95,7 +86,7 @@ type templateBuildsWire struct {
 	Builds        []buildWire `json:"builds"`
 }
 
-// getTemplate returns a template with the build that is known of it, its last.
+// getTemplate returns a template with the builds that are known of it.
 func (s *server) getTemplate(w http.ResponseWriter, r *http.Request) error {
 	t, err := s.control.GetTemplate(r.Context(), r.PathValue("id"))
 	if err != nil {
@@ -106,15 +97,16 @@ func (s *server) getTemplate(w http.ResponseWriter, r *http.Request) error {
 		TemplateID: wire.TemplateID, Aliases: wire.Aliases, Names: wire.Names, Public: wire.Public,
 		CreatedAt: wire.CreatedAt, UpdatedAt: wire.UpdatedAt, Builds: []buildWire{},
 	}
-	if t.BuildID != "" {
-		b := buildWire{
-			BuildID: t.BuildID, Status: wire.BuildStatus, CPUCount: wire.CPUCount, MemoryMB: wire.MemoryMB,
-			DiskSizeMB: wire.DiskSizeMB, EnvdVersion: wire.EnvdVersion, CreatedAt: wire.CreatedAt, UpdatedAt: wire.UpdatedAt,
+	for _, b := range t.Builds {
+		bw := buildWire{
+			BuildID: b.ID, Status: buildStatus(b), CPUCount: cpus(b.Resources.MilliCPU), MemoryMB: b.Resources.MemoryBytes / mib,
+			DiskSizeMB: b.Resources.DiskBytes / mib, EnvdVersion: contractVersion, CreatedAt: stamp(b.CreatedAt), UpdatedAt: stamp(b.CreatedAt),
 		}
-		if t.BuildState != control.BuildBuilding {
-			b.FinishedAt = &wire.UpdatedAt
+		if !b.FinishedAt.IsZero() {
+			bw.UpdatedAt = stamp(b.FinishedAt)
+			bw.FinishedAt = &bw.UpdatedAt
 		}
-		out.Builds = append(out.Builds, b)
+		out.Builds = append(out.Builds, bw)
 	}
 	return exchange.JSON(w, http.StatusOK, out)
 }

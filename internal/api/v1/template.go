@@ -32,14 +32,17 @@ func (s *server) buildTemplate(w http.ResponseWriter, r *http.Request) error {
 	if err := exchange.Read(w, r, &body); err != nil {
 		return err
 	}
-	t, err := s.control.BuildTemplate(r.Context(), control.BuildSpec{
-		Name: body.Name, Sources: body.Sources, Resources: sandbox.Resources(body.Resources),
-		RegistryUsername: body.Username, RegistryPassword: body.Password,
+	t, b, err := s.control.BuildTemplate(r.Context(), control.BuildSpec{
+		Name: body.Name, Tags: body.Tags, Resources: sandbox.Resources(body.Resources),
+		Recipe: control.Recipe{
+			Sources: body.Sources, FromTemplate: body.FromTemplate, RegistryUsername: body.Username, RegistryPassword: body.Password,
+			Steps: each(body.Steps, stepFromWire), StartCommand: body.StartCommand, ReadyCommand: body.ReadyCommand, Force: body.Force,
+		},
 	})
 	if err != nil {
 		return err
 	}
-	return exchange.JSON(w, http.StatusAccepted, templateToWire(t))
+	return exchange.JSON(w, http.StatusAccepted, client.StartedBuild{TemplateID: string(t.ID), BuildID: b.ID})
 }
 
 func (s *server) deleteTemplate(w http.ResponseWriter, r *http.Request) error {

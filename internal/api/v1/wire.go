@@ -65,25 +65,6 @@ func metricToWire(s control.Sample) client.Metric {
 	}
 }
 
-func templateToWire(t sandbox.Template) client.Template {
-	w := client.Template{
-		ID: string(t.ID), Names: t.Names, Resources: resourcesToWire(t.Resources), ImageDigest: t.ImageDigest,
-		ImageBytes: t.ImageBytes, Sources: t.Sources, BuildID: t.BuildID, BuildState: t.BuildState, BuildError: t.BuildError,
-		CreatedAt: t.CreatedAt, UpdatedAt: t.UpdatedAt,
-	}
-	if w.Names == nil {
-		w.Names = []string{}
-	}
-	return w
-}
-
-func buildToWire(b control.Build) client.Build {
-	return client.Build{
-		ID: b.ID, State: b.State, Step: b.Step, Progress: b.Progress, Entries: each(b.Entries, logToWire), Error: b.Error,
-		ImageDigest: b.ImageDigest, ImageBytes: b.ImageBytes, Source: b.Source,
-	}
-}
-
 func keyToWire(k control.Key) client.Key {
 	return client.Key{ID: k.ID, Name: k.Name, Hint: k.Hint, CreatedAt: k.CreatedAt, LastUsedAt: k.LastUsedAt}
 }
