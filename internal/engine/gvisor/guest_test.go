@@ -181,11 +181,15 @@ func TestPlacement(t *testing.T) {
 // that the guest is started, or after a time.
 func startElsewhere(t *testing.T, p place, s engine.Spec, after time.Duration) {
 	t.Helper()
+	helpElsewhere(t, p, help{Spec: s}, after)
+}
+
+// helpElsewhere has another process do something, and kills it as startElsewhere does.
+func helpElsewhere(t *testing.T, p place, h help, after time.Duration) {
+	t.Helper()
 	cmd := exec.Command("/proc/self/exe", helperArg)
-	in, err := json.Marshal(struct {
-		Config Config
-		Spec   engine.Spec
-	}{p.config(t), s})
+	h.Config = p.config(t)
+	in, err := json.Marshal(h)
 	if err != nil {
 		t.Fatal(err)
 	}

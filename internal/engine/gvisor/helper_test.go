@@ -101,16 +101,29 @@ func testContext(tb testing.TB) context.Context {
 // helperArg is the only argument of a process that starts a guest for a test.
 const helperArg = "start-elsewhere"
 
-// maybeHelper runs what the tests start in a process of its own: it starts the guest of the spec on standard input, says
-// so, and waits to be killed.
+// help is what a process of its own does for a test: it starts a guest, or saves one.
+type help struct {
+	Config Config
+	Spec   engine.Spec
+	ID     sandbox.ID
+	Save   *engine.SaveSpec
+}
+
+func (h help) do(e *Engine) error {
+	if h.Save == nil {
+		return e.Start(context.Background(), h.Spec)
+	}
+	_, err := e.Save(context.Background(), h.ID, *h.Save)
+	return err
+}
+
+// maybeHelper runs what the tests start in a process of its own: it does what standard input says, says so, and waits to be
+// killed.
 func maybeHelper() {
 	if len(os.Args) != 2 || os.Args[1] != helperArg {
 		return
 	}
-	var in struct {
-		Config Config
-		Spec   engine.Spec
-	}
+	var in help
 	failed := make(chan error)
 	go func() {
 		if err := json.NewDecoder(os.Stdin).Decode(&in); err != nil {
@@ -122,7 +135,7 @@ func maybeHelper() {
 			failed <- err
 			return
 		}
-		if err := e.Start(context.Background(), in.Spec); err != nil {
+		if err := in.do(e); err != nil {
 			failed <- err
 			return
 		}
@@ -130,4 +143,19 @@ func maybeHelper() {
 	}()
 	_, _ = fmt.Fprintln(os.Stdout, <-failed) // as above
 	os.Exit(1)                               //nolint:forbidigo // called by TestMain
+}
+
+// await repeats until done.
+func await(tb testing.TB, what string, done func() bool) {
+	tb.Helper()
+	ctx := testContext(tb)
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for !done() {
+		select {
+		case <-ctx.Done():
+			tb.Fatalf("waited in vain: %s", what)
+		case <-tick.C:
+		}
+	}
 }

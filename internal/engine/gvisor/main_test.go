@@ -74,6 +74,20 @@ func guestImage(tb testing.TB) string {
 	return built(tb, "root.erofs")
 }
 
+func addFile(w *erofs.Writer, name string, content []byte) error {
+	f, err := w.Create(name)
+	if err != nil {
+		return err
+	}
+	if _, err := f.Write(content); err != nil {
+		return err
+	}
+	if err := f.Chmod(0o755); err != nil {
+		return err
+	}
+	return f.Close()
+}
+
 func buildImage(dir string) error {
 	bin := os.Getenv("GVISOR_TEST_GUEST") //nolint:forbidigo // built before, for a machine that cannot build
 	if bin == "" {
@@ -92,23 +106,17 @@ func buildImage(dir string) error {
 	}
 	defer func() { _ = out.Close() }() // the image is checked by its use
 	w := erofs.Create(out)
-	for _, d := range []string{"/proc", "/dev", "/sys", "/tmp", "/etc"} {
+	for _, d := range []string{"/proc", "/dev", "/sys", "/tmp", "/etc", "/srv", "/srv/d"} {
 		if err := w.Mkdir(d, 0o755); err != nil {
 			return err
 		}
 	}
-	f, err := w.Create("/guest")
-	if err != nil {
-		return err
-	}
-	if _, err := f.Write(raw); err != nil {
-		return err
-	}
-	if err := f.Chmod(0o755); err != nil {
-		return err
-	}
-	if err := f.Close(); err != nil {
-		return err
+	for name, content := range map[string][]byte{
+		"/guest": raw, "/etc/keep": []byte("keep"), "/etc/gone": []byte("gone"), "/srv/d/old": []byte("old"),
+	} {
+		if err := addFile(w, name, content); err != nil {
+			return err
+		}
 	}
 	if err := w.Close(); err != nil {
 		return err

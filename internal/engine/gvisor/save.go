@@ -1,9 +1,11 @@
 package gvisor
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -35,14 +37,17 @@ type saving struct {
 	e    *Engine
 	g    *guest
 	spec engine.SaveSpec
-	// files are those that gVisor writes, in the order of kindFiles.
+	// names are what gVisor writes, and files where it goes; nil is nowhere.
+	names []string
 	files []*os.File
+	// tree is the one of them that a layer is made from.
+	tree *os.File
 	// disk is the file that holds what the guest wrote.
 	disk *os.File
 	// diskBytes is what it occupied at the moment of the save.
 	diskBytes int64
-	// share says that the guest's disk is cloned.
-	share bool
+	// share says that the guest's disk is cloned, served that the sentry does not write the files itself.
+	share, served bool
 	// shared is how much of the files was cloned, not copied, in bytes.
 	shared int64
 }
@@ -97,12 +102,8 @@ func (s *saving) open() error {
 	case len(entries) > 0:
 		return sandbox.Invalidf("directory %s is not empty: it has %.80q", s.spec.Dir, entries[0].Name())
 	}
-	for _, name := range kindFiles(s.spec.Kind) {
-		f, err := os.OpenFile(filepath.Join(s.spec.Dir, name), os.O_RDWR|os.O_CREATE|os.O_EXCL, fileMode) //nolint:gosec // the caller's directory
-		if err != nil {
-			return err
-		}
-		s.files = append(s.files, f)
+	if err := s.create(); err != nil {
+		return err
 	}
 	s.g.diskBytes() // finds the descriptor
 	s.g.mu.Lock()
@@ -121,16 +122,38 @@ func (s *saving) open() error {
 	return nil
 }
 
+// create makes the files. Of a layer gVisor's files are only the way to it: the names, which go into a nameless file, are
+// all that is kept.
+func (s *saving) create() error {
+	s.names = kindFiles(s.spec.Kind)
+	s.files = make([]*os.File, len(s.names))
+	var err error
+	for i, name := range s.names {
+		switch {
+		case s.spec.Kind != engine.SaveLayer:
+			s.files[i], err = os.OpenFile(filepath.Join(s.spec.Dir, name), os.O_RDWR|os.O_CREATE|os.O_EXCL, fileMode) //nolint:gosec // the caller's directory
+		case name == checkpointfiles.FSCheckpointMultiTarFileName:
+			s.files[i], err = os.OpenFile(s.spec.Dir, os.O_RDWR|unix.O_TMPFILE, fileMode)
+			s.tree = s.files[i]
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // write saves everything and flushes it.
 func (s *saving) write(ctx context.Context) (engine.Saved, error) {
-	if s.g.diskBytes() >= minShared && clonable(s.disk, s.pages()) {
+	layer := s.spec.Kind == engine.SaveLayer
+	if !layer && s.g.diskBytes() >= minShared && clonable(s.disk, s.pages()) {
 		// Cloning flushes what it clones. Done before, that does not prolong the time that the guest stands still.
 		if err := s.disk.Sync(); err != nil {
 			return engine.Saved{}, fmt.Errorf("flush the guest's disk: %w", err)
 		}
 		s.share = true
 	}
-	if s.spec.Hold {
+	if s.spec.Hold || layer { // a layer is written after the sentry is done
 		if _, err := s.e.freeze(ctx, s.g); err != nil {
 			return engine.Saved{}, err
 		}
@@ -139,7 +162,33 @@ func (s *saving) write(ctx context.Context) (engine.Saved, error) {
 		return engine.Saved{}, err
 	}
 	s.diskBytes = s.g.diskBytes()
+	if layer {
+		return s.layer()
+	}
 	return s.complete()
+}
+
+// layer writes the layer from the names that the sentry has written and the contents on the guest's disk.
+func (s *saving) layer() (engine.Saved, error) {
+	out, err := os.OpenFile(filepath.Join(s.spec.Dir, engine.LayerFile), os.O_RDWR|os.O_CREATE|os.O_EXCL, fileMode)
+	if err != nil {
+		return engine.Saved{}, err
+	}
+	defer func() { _ = out.Close() }() // flushed below
+	if _, err := s.tree.Seek(0, io.SeekStart); err != nil {
+		return engine.Saved{}, err
+	}
+	if err := writeLayer(out, bufio.NewReaderSize(s.tree, 1<<20), s.disk); err != nil {
+		return engine.Saved{}, err
+	}
+	if err := out.Sync(); err != nil {
+		return engine.Saved{}, fmt.Errorf("flush: %w", err)
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(int(out.Fd()), &st); err != nil {
+		return engine.Saved{}, err
+	}
+	return engine.Saved{Bytes: st.Blocks * blockSize}, syncDir(s.spec.Dir)
 }
 
 // pages is the file that takes the guest's pages.
@@ -147,11 +196,12 @@ func (s *saving) pages() *os.File { return s.files[len(s.files)-1] }
 
 // ask has the sentry write its files, by itself or through a server that can share.
 func (s *saving) ask(ctx context.Context) error {
-	if !s.share {
+	s.served = s.share || s.spec.Kind == engine.SaveLayer
+	if !s.served {
 		return s.askWith(ctx, s.files)
 	}
 	names := map[string]*os.File{}
-	for i, name := range kindFiles(s.spec.Kind) {
+	for i, name := range s.names {
 		names[name] = s.files[i]
 	}
 	server, err := startFileServer(ctx, names, true, room{})
@@ -167,8 +217,8 @@ func (s *saving) ask(ctx context.Context) error {
 // askWith has the sentry write to files, or to the socket of a server of them.
 func (s *saving) askWith(ctx context.Context, files []*os.File) error {
 	payload := urpc.FilePayload{Files: files}
-	if s.spec.Kind == engine.SaveFiles {
-		args := &runscboot.FSSaveArgs{FilePayload: payload, UseCheckpointGofer: s.share}
+	if s.spec.Kind != engine.SaveMemory {
+		args := &runscboot.FSSaveArgs{FilePayload: payload, UseCheckpointGofer: s.served}
 		return s.e.callWith(ctx, s.g, runscboot.ContMgrFSSave, args, nil)
 	}
 	return s.e.callWith(ctx, s.g, runscboot.ContMgrCheckpoint, &control.SaveOpts{
@@ -177,7 +227,7 @@ func (s *saving) askWith(ctx context.Context, files []*os.File) error {
 		HavePagesFile:                  true,
 		Resume:                         true, // never the other: with it the sentry ends by itself
 		FilePayload:                    payload,
-		UseCheckpointGofer:             s.share,
+		UseCheckpointGofer:             s.served,
 	}, nil)
 }
 
@@ -197,7 +247,7 @@ func (s *saving) complete() (engine.Saved, error) {
 		Kind: s.spec.Kind, Limits: s.g.rec.Limits, Hostname: s.g.rec.Hostname, DiskBytes: s.diskBytes, Files: map[string]int64{},
 	}
 	saved := engine.Saved{SharedBytes: s.shared}
-	for i, name := range kindFiles(s.spec.Kind) {
+	for i, name := range s.names {
 		var st unix.Stat_t
 		if err := unix.Fstat(int(s.files[i].Fd()), &st); err != nil {
 			return engine.Saved{}, fmt.Errorf("read %s: %w", name, err)
@@ -220,7 +270,7 @@ func (s *saving) complete() (engine.Saved, error) {
 
 func (s *saving) close() {
 	for _, f := range s.files {
-		_ = f.Close() // flushed where it matters
+		_ = f.Close() // flushed where it matters; nil is fine
 	}
 	if s.disk != nil {
 		_ = s.disk.Close() // opened for reading

@@ -3,6 +3,7 @@ package main
 
 import (
 	"bufio"
+	"crypto/rand"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -11,7 +12,9 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
+	"time"
 )
 
 func main() {
@@ -56,6 +59,11 @@ func serve(addr string) {
 			defer c.Close()
 			for sc := bufio.NewScanner(c); sc.Scan(); {
 				cmd, arg, _ := strings.Cut(sc.Text(), " ")
+				if cmd == "hold" {
+					fmt.Fprint(c, "ok\n\n")
+					hold(c, "in")
+					return
+				}
 				fmt.Fprintf(c, "%s\n\n", strings.TrimSpace(answer(cmd, arg)))
 			}
 		}()
@@ -103,6 +111,27 @@ func answer(cmd, arg string) string {
 		return write(strings.Fields(arg))
 	case "rm":
 		return fmt.Sprint(os.Remove(arg))
+	case "mkdir", "symlink", "link", "chmod", "chown", "times", "fifo", "xattr", "sparse", "rmall":
+		return fmt.Sprint(change(cmd, strings.Fields(arg)))
+	case "now":
+		return strconv.FormatInt(time.Now().UnixNano(), 10)
+	case "random":
+		b := make([]byte, 16)
+		_, err := rand.Read(b)
+		return fmt.Sprintf("%x %v", b, err)
+	case "tick": // writes to the file every few milliseconds
+		go tick(arg)
+		return "ok"
+	case "dial":
+		c, err := net.Dial("tcp", arg)
+		if err == nil {
+			go hold(c, "out")
+		}
+		return fmt.Sprint(err)
+	case "held":
+		heldMu.Lock()
+		defer heldMu.Unlock()
+		return held[arg]
 	case "alloc":
 		kept = append(kept, alloc(arg))
 		return "ok"
@@ -151,4 +180,72 @@ func rest() {
 	for {
 		_ = syscall.Pause()
 	}
+}
+
+var (
+	heldMu sync.Mutex
+	held   = map[string]string{}
+)
+
+// hold waits for more from a connection that nobody writes to, and notes how that ends.
+func hold(c net.Conn, name string) {
+	note := func(s string) {
+		heldMu.Lock()
+		defer heldMu.Unlock()
+		held[name] = s
+	}
+	note("open")
+	_, err := c.Read(make([]byte, 1))
+	note("ended: " + fmt.Sprint(err))
+	_ = c.Close()
+}
+
+func tick(path string) {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+	if err != nil {
+		return
+	}
+	for {
+		if _, err := f.WriteString("."); err != nil {
+			return
+		}
+		time.Sleep(3 * time.Millisecond)
+	}
+}
+
+func change(cmd string, a []string) error {
+	number := func(i int) int {
+		n, _ := strconv.ParseInt(a[i], 0, 64)
+		return int(n)
+	}
+	switch cmd {
+	case "mkdir":
+		return os.Mkdir(a[0], 0o755)
+	case "symlink":
+		return os.Symlink(a[0], a[1])
+	case "link":
+		return os.Link(a[0], a[1])
+	case "chmod":
+		return syscall.Chmod(a[1], uint32(number(0)))
+	case "chown":
+		return os.Lchown(a[2], number(0), number(1))
+	case "times":
+		at := time.Unix(int64(number(0)), 0)
+		return os.Chtimes(a[1], at, at)
+	case "fifo":
+		return syscall.Mkfifo(a[0], 0o644)
+	case "xattr":
+		return syscall.Setxattr(a[2], a[0], []byte(a[1]), 0)
+	case "sparse": // one byte at the end
+		f, err := os.Create(a[1])
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		_, err = f.WriteAt([]byte("x"), int64(number(0)-1))
+		return err
+	case "rmall":
+		return os.RemoveAll(a[0])
+	}
+	return errors.ErrUnsupported
 }
