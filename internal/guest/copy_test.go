@@ -195,20 +195,20 @@ func TestCopyRefuses(t *testing.T) {
 		query   []string
 		want    string
 	}{
-		"no match":             {[]string{"a=1"}, []string{"src", "b", "dest", "x"}, "the archive has no 'b'"},
-		"out of the context":   {[]string{"a=1"}, []string{"src", "../a", "dest", "x"}, "leads out"},
-		"out of the archive":   {[]string{"../a=1"}, []string{"src", "a", "dest", "x"}, "leads out"},
-		"through a link":       {[]string{"l->" + outside, "l/a=1"}, []string{"src", ".", "dest", "x"}, "escapes"},
-		"through a link above": {[]string{"l->../../..", "l/a=1"}, []string{"src", ".", "dest", "x"}, "escapes"},
-		"a hard link outside":  {[]string{"d/h=>../../etc/passwd"}, []string{"src", "d", "dest", "x"}, "leads out"},
+		"no match":                                 {[]string{"a=1"}, []string{"src", "b", "dest", "x"}, "the archive has no 'b'"},
+		"out of the context":                       {[]string{"a=1"}, []string{"src", "../a", "dest", "x"}, "leads out"},
+		"out of the archive":                       {[]string{"../a=1"}, []string{"src", "a", "dest", "x"}, "leads out"},
+		"through a link":                           {[]string{"l->" + outside, "l/a=1"}, []string{"src", ".", "dest", "x"}, "escapes"},
+		"through a link above":                     {[]string{"l->../../..", "l/a=1"}, []string{"src", ".", "dest", "x"}, "escapes"},
+		"a hard link outside":                      {[]string{"d/h=>../../etc/passwd"}, []string{"src", "d", "dest", "x"}, "leads out"},
 		"a hard link to a file that is not copied": {[]string{"a=1", "d/h=>a"}, []string{"src", "d", "dest", "x"}, "not copied"},
-		"a pipe":                      {[]string{"d/p|"}, []string{"src", "d", "dest", "x"}, "only files"},
-		"a directory in place of one": {[]string{"f=1", "f/"}, []string{"src", ".", "dest", "x"}, "not a directory"},
-		"no destination":              {nil, []string{"src", "a"}, "destination"},
-		"no owner":                    {nil, []string{"src", "a", "dest", "x", "owner", "who"}, "no user"},
-		"no group":                    {nil, []string{"src", "a", "dest", "x", "owner", ":who"}, "no group"},
-		"no mode":                     {nil, []string{"src", "a", "dest", "x", "mode", "9"}, "octal"},
-		"no user":                     {nil, []string{"src", "a", "dest", "x", "user", "who"}, "who"},
+		"a pipe":                                   {[]string{"d/p|"}, []string{"src", "d", "dest", "x"}, "only files"},
+		"a directory in place of one":              {[]string{"f=1", "f/"}, []string{"src", ".", "dest", "x"}, "not a directory"},
+		"no destination":                           {nil, []string{"src", "a"}, "destination"},
+		"no owner":                                 {nil, []string{"src", "a", "dest", "x", "owner", "who"}, "no user"},
+		"no group":                                 {nil, []string{"src", "a", "dest", "x", "owner", ":who"}, "no group"},
+		"no mode":                                  {nil, []string{"src", "a", "dest", "x", "mode", "9"}, "octal"},
+		"no user":                                  {nil, []string{"src", "a", "dest", "x", "user", "who"}, "who"},
 	} {
 		status, body := a.copyIn(t, tarOf(t, test.entries...), test.query...)
 		if status/100 != 4 && status != http.StatusInternalServerError || !strings.Contains(body, test.want) {
