@@ -53,6 +53,8 @@ type Config struct {
 	// CacheAge is how long a bootstrapped Debian tree is used again; zero means 30 days. An older one is still used, with
 	// a warning, when a new one cannot be made.
 	CacheAge time.Duration
+	// CacheBytes bounds the layers of cached build steps, in bytes; zero means 10 GiB. Prune keeps to it.
+	CacheBytes int64
 }
 
 // Request says what to build. Of equal requests at the same time only one is carried out.
@@ -61,6 +63,9 @@ type Request struct {
 	Sources []string
 	// Username and Password are for registries; empty means the machine's own docker credentials.
 	Username, Password string
+	// RegistryOnly refuses every source that is not a registry's with ErrDenied. All others read the node's disk or run its
+	// programs, which only the machine's owner may ask for.
+	RegistryOnly bool
 }
 
 // Progress is one step forward.
@@ -80,6 +85,8 @@ type RunConfig struct {
 	WorkDir    string   `json:"work_dir,omitempty"`
 	Entrypoint []string `json:"entrypoint,omitempty"`
 	Cmd        []string `json:"cmd,omitempty"`
+	// Labels are the image's notes; those that Push writes are named there.
+	Labels map[string]string `json:"labels,omitempty"`
 }
 
 // Image is a root file system in the cache.
@@ -94,6 +101,10 @@ type Image struct {
 	GuestDigest string    `json:"guest_digest,omitempty"`
 	CreatedAt   time.Time `json:"created_at"`
 	Config      RunConfig `json:"config"`
+	// Base is the image that this one was composed of, and Layers what lies on top of it, lowest first. Both are empty for
+	// an image that was built from a source.
+	Base   string   `json:"base,omitempty"`
+	Layers []string `json:"layers,omitempty"`
 }
 
 // Store builds images and keeps them.
