@@ -120,11 +120,12 @@ func (k keyring) Authenticate(_ context.Context, secret string) (string, error) 
 	if err != nil {
 		return "", err
 	}
+	k.store.NoteKeyUse(found.ID)
 	return found.ID, nil
 }
 
 func keyInfo(k store.Key) control.Key {
-	return control.Key{ID: k.ID, Name: k.Name, Hint: k.Hint, CreatedAt: k.CreatedAt}
+	return control.Key{ID: k.ID, Name: k.Name, Hint: k.Hint, CreatedAt: k.CreatedAt, LastUsedAt: k.LastUsedAt}
 }
 
 // events keeps the control's events in the history.

@@ -23,6 +23,8 @@ type Key struct {
 	CreatedAt time.Time `json:"created_at"`
 	// Admin keys may manage keys, nodes and templates.
 	Admin bool `json:"admin"`
+	// LastUsedAt is kept apart, see NoteKeyUse; zero for a key that was never used. Only Keys fills it in.
+	LastUsedAt time.Time `json:"-"`
 }
 
 // guard is written by each revocation of an admin key, so that two of them cannot both see "another one is left".
@@ -96,6 +98,13 @@ func (s *Store) Keys(ctx context.Context) ([]Key, error) {
 	if err != nil {
 		return nil, err
 	}
+	used, err := s.lastUses(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for i := range records {
+		records[i].Value.LastUsedAt = used[records[i].Name]
+	}
 	return sortedByTime(records, func(k Key) time.Time { return k.CreatedAt }), nil
 }
 
@@ -139,7 +148,7 @@ func (s *Store) tryRevoke(ctx context.Context, id string) (rev int64, done bool,
 		return 0, false, err
 	}
 	when := []clientv3.Cmp{unchanged(s.keys.key(id), target.Revision)}
-	then := []clientv3.Op{clientv3.OpDelete(s.keys.key(id))}
+	then := []clientv3.Op{clientv3.OpDelete(s.keys.key(id)), clientv3.OpDelete(s.keyUse.key(id))}
 	if target.Value.Admin {
 		text, err := s.guards.encode(guard{RevokedID: id})
 		if err != nil {

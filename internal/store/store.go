@@ -46,8 +46,10 @@ type Store struct {
 	templates collection[sandbox.Template]
 	names     collection[templateName]
 	secrets   collection[sealed]
+	keyUse    collection[keyUse]
 
 	cache *keyCache
+	uses  keyUses
 }
 
 // Open starts the store in cfg.Dir and returns once it answers. It holds etcd's goroutines until Close.
@@ -107,16 +109,19 @@ func newStore(cfg Config, e *embed.Etcd) *Store {
 		templates: newCollection[sandbox.Template](client, "templates", "template"),
 		names:     newCollection[templateName](client, "template-names", "template name"),
 		secrets:   newCollection[sealed](client, "secrets", "secret"),
+		keyUse:    newCollection[keyUse](client, "key-uses", "use of key"),
 		cache:     newKeyCache(),
+		uses:      keyUses{at: make(map[string]time.Time)},
 	}
 }
 
-// Run keeps the key cache in step with other members' changes and watches the store's size, until ctx ends (nil) or
+// Run keeps the key cache in step with other members' changes, writes the uses of keys and watches the store's size, until ctx ends (nil) or
 // the store stops by itself (an error).
 func (s *Store) Run(ctx context.Context) error {
 	g, inner := errgroup.WithContext(ctx)
 	g.Go(func() error { return s.keys.watch(inner, s.cache.watcher()) })
 	g.Go(func() error { return s.watchSize(inner) })
+	g.Go(func() error { return s.writeUses(inner) })
 	g.Go(func() error {
 		select {
 		case <-inner.Done():
