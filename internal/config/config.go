@@ -54,6 +54,7 @@ type Config struct {
 	OvercommitDisk   float64 `name:"overcommit-disk" help:"disk admitted per free byte; 1 admits only what can be written all at once"`
 
 	NetworkRange string   `name:"network-range" group:"Network" help:"private IPv4 range (/12 to /24) of sandbox addresses; two per sandbox"`
+	NetworkDeny  []string `name:"network-deny" help:"IPv4 ranges that no sandbox may reach, beside loopback, link-local and the clouds' metadata services; empty opens the networks around the machine; the resolvers stay reachable"`
 	Resolvers    []string `name:"resolvers" help:"IPv4 addresses of the name servers that sandboxes use; default: the machine's"`
 
 	LogLevel        string        `name:"log-level" group:"Operation" help:"debug, info, warn or error"`
@@ -82,8 +83,8 @@ func Default() *Config {
 		SandboxCPU: 2, SandboxMemory: 512 << 20, SandboxDisk: 10 << 30, MaxTimeout: 24 * time.Hour,
 		PoolMin: 4, PoolMax: 32, MaxSandboxes: 2000, ReservedMemory: 1 << 30, ReservedDisk: 2 << 30,
 		OvercommitCPU: 200, OvercommitMemory: 4, OvercommitDisk: 40,
-		NetworkRange: "10.231.0.0/16",
-		LogLevel:     "info", LogFormat: "auto", ShutdownGrace: 10 * time.Second,
+		NetworkRange: "10.231.0.0/16", NetworkDeny: []string{"10.0.0.0/8", "100.64.0.0/10", "172.16.0.0/12", "192.168.0.0/16"},
+		LogLevel: "info", LogFormat: "auto", ShutdownGrace: 10 * time.Second,
 		EventsKept: 30 * 24 * time.Hour, EventsKeptCount: 1_000_000,
 	}
 }
@@ -127,6 +128,17 @@ func (c *Config) ResolverAddrs() []netip.Addr {
 	for _, r := range c.Resolvers {
 		if a, err := netip.ParseAddr(r); err == nil {
 			out = append(out, a)
+		}
+	}
+	return out
+}
+
+// DeniedRanges returns NetworkDeny as prefixes; Load has checked it.
+func (c *Config) DeniedRanges() []netip.Prefix {
+	out := make([]netip.Prefix, 0, len(c.NetworkDeny))
+	for _, d := range c.NetworkDeny {
+		if p, err := netip.ParsePrefix(d); err == nil {
+			out = append(out, p.Masked())
 		}
 	}
 	return out

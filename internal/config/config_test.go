@@ -78,6 +78,7 @@ func TestErrorsNameValueAndRemedy(t *testing.T) {
 		{"range", []string{"--network-range", "8.8.0.0/16"}, "", []string{"8.8.0.0/16", "private"}},
 		{"range that leaves the private ones", []string{"--network-range", "192.168.0.0/12"}, "", []string{"192.168.0.0/12", "private"}},
 		{"range too wide", []string{"--network-range", "10.0.0.0/8"}, "", []string{"/12 to /24"}},
+		{"denied range", []string{"--network-deny", "fd00::/8"}, "", []string{"fd00::/8", "192.168.0.0/16"}},
 		{"one of two TLS files", []string{"--tls-cert", "a.pem"}, "", []string{"both or neither"}},
 		{"level", []string{"--log-level", "loud"}, "", []string{"loud", "debug"}},
 		{"pool", []string{"--pool-min", "9", "--pool-max", "3"}, "", []string{"pool-max 3"}},

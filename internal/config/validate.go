@@ -102,6 +102,11 @@ func (c *Config) validateNetwork() error {
 			errs = append(errs, fmt.Errorf("resolvers: %q: want IPv4 addresses that sandboxes can reach, not loopback", r))
 		}
 	}
+	for _, d := range c.NetworkDeny {
+		if p, err := netip.ParsePrefix(d); err != nil || !p.Addr().Is4() {
+			errs = append(errs, fmt.Errorf("network-deny: %q: want IPv4 ranges, such as 192.168.0.0/16", d))
+		}
+	}
 	return errors.Join(errs...)
 }
 

@@ -90,7 +90,7 @@ func (d *daemon) nodeParts(id sandbox.NodeID, memory int64) (*nodeRole, error) {
 	}
 	net, err := guestnet.New(guestnet.Config{
 		Range: d.cfg.Range(), Name: string(id), PoolSize: d.cfg.PoolMax / 2, Resolvers: resolvers(d.cfg),
-		MaxConnections: maxConnections, Logger: d.log,
+		Denied: d.cfg.DeniedRanges(), MaxConnections: maxConnections, Logger: d.log,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("open network: %w", err)
