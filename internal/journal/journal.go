@@ -155,17 +155,21 @@ func (j *Journal) sum(ctx context.Context) error {
 
 // count adds a record to the sums (sign 1), or takes it out (-1).
 func (l *Ledger) count(r *Record, sign int) {
-	if !r.holds() {
+	if r.State.Ended() {
 		return
 	}
 	change := Amount.add
 	if sign < 0 {
 		change = Amount.sub
 	}
-	l.Allocated = change(l.Allocated, r.Resources)
+	held := r.Held()
+	l.Allocated = change(l.Allocated, held)
 	switch {
+	case r.State == sandbox.StatePaused:
+		l.Allocated.Sandboxes -= sign
+		l.Paused += sign
 	case r.Warm:
-		l.Warm = change(l.Warm, r.Resources)
+		l.Warm = change(l.Warm, held)
 	case r.State == sandbox.StateCreating:
 		l.Creating += sign
 	}

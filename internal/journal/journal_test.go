@@ -378,6 +378,7 @@ func TestImages(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	im.Templates = []sandbox.TemplateID{"t"}
 	got, err := j.Images(ctx)
 	if diff := cmp.Diff([]Image{im}, got); err != nil || diff != "" {
 		t.Errorf("images: %v\n%s", err, diff)

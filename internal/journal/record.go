@@ -20,6 +20,18 @@ type Record struct {
 	Ready bool `json:"ready,omitempty"`
 	// ImageDigest is the content address of the image that the sandbox runs from.
 	ImageDigest string `json:"image_digest"`
+	// Source is the checkpoint that the sandbox was started from; empty for one that was started from its image.
+	Source string `json:"source,omitempty"`
+	// Checkpoint is what the sandbox is paused in, or is being paused in or resumed from. It belongs to the record.
+	Checkpoint string `json:"checkpoint,omitempty"`
+	// Rewinding means that a sandbox that is resuming was running before: it is to run again, not to be paused.
+	Rewinding bool `json:"rewinding,omitempty"`
+	// Deadline is when a pausing or resuming sandbox has to be something else.
+	Deadline time.Time `json:"deadline,omitzero"`
+	// Guest is what every process inside starts with, for when the sandbox boots anew.
+	Guest sandbox.GuestSettings `json:"guest,omitzero"`
+	// BuildID names the build that the sandbox is for; nobody else is ever told of such a sandbox.
+	BuildID string `json:"build_id,omitempty"`
 	// IdempotencyKey is the key of the request that made the sandbox; empty for none.
 	IdempotencyKey string `json:"idempotency_key,omitempty"`
 	// Network is how the machine reaches the sandbox; its zero value means that it has no network yet.
@@ -68,8 +80,18 @@ func (r *Record) Append(l Line) {
 	r.Lines = append(append(make([]Line, 0, len(r.Lines)+1-from), r.Lines[from:]...), l)
 }
 
-// holds reports whether the record counts in the ledger.
-func (r *Record) holds() bool { return !r.State.Ended() }
+// Held returns what a sandbox takes of the machine: one that is paused no processor time and no memory, but its checkpoint's
+// room on the disk.
+func (r *Record) Held() sandbox.Resources {
+	kept := sandbox.Resources{DiskBytes: r.PausedBytes}
+	switch {
+	case r.State.Ended():
+		return sandbox.Resources{}
+	case r.State == sandbox.StatePaused:
+		return kept
+	}
+	return r.Resources.Add(kept)
+}
 
 // Change is one numbered fact for the server.
 type Change struct {
@@ -88,6 +110,10 @@ type Image struct {
 	Bytes      int64              `json:"bytes"`
 	Source     string             `json:"source,omitempty"`
 	BuiltAt    time.Time          `json:"built_at"`
+	// Templates are those that need the image. PutImage adds TemplateID, ReleaseImage takes out.
+	Templates []sandbox.TemplateID `json:"templates,omitempty"`
+	// Removed means that no template needs the image: it goes when nothing else does.
+	Removed bool `json:"removed,omitempty"`
 }
 
 // Amount is resources and the number of sandboxes that hold them.
@@ -107,8 +133,10 @@ func (a Amount) sub(r sandbox.Resources) Amount {
 // Ledger is the journal's sums at one moment.
 type Ledger struct {
 	Capacity sandbox.Resources
-	// Allocated is what all sandboxes hold, the warm ones included.
+	// Allocated is what all sandboxes hold, the warm ones included. Paused ones are in its resources, not in its number.
 	Allocated Amount
+	// Paused is the number of paused sandboxes.
+	Paused int
 	// Warm is what the unclaimed warm ones hold.
 	Warm Amount
 	// Creating counts sandboxes that somebody waits for.

@@ -12,10 +12,11 @@ import (
 
 // statements are the prepared statements of the one connection.
 type statements struct {
-	all                                          []*sql.Stmt
-	begin, end, rollback, save, undo, release    *sql.Stmt
-	get, byKey, insert, update, remove           *sql.Stmt
-	append, trim, setMeta, putImage, removeImage *sql.Stmt
+	all                                       []*sql.Stmt
+	begin, end, rollback, save, undo, release *sql.Stmt
+	get, byKey, insert, update, remove        *sql.Stmt
+	append, trim, setMeta                     *sql.Stmt
+	getImage, putImage, removeImage           *sql.Stmt
 }
 
 func (s *statements) prepare(ctx context.Context, c *sql.Conn) error {
@@ -37,6 +38,7 @@ func (s *statements) prepare(ctx context.Context, c *sql.Conn) error {
 		{&s.append, "INSERT INTO changes VALUES (?, ?)"},
 		{&s.trim, "DELETE FROM changes WHERE sequence <= ?"},
 		{&s.setMeta, "INSERT INTO meta VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value"},
+		{&s.getImage, "SELECT image FROM images WHERE digest = ?"},
 		{&s.putImage, "INSERT INTO images VALUES (?, ?) ON CONFLICT (digest) DO UPDATE SET image = excluded.image"},
 		{&s.removeImage, "DELETE FROM images WHERE digest = ?"},
 	} {
@@ -85,6 +87,38 @@ func (t *tx) put(ctx context.Context, r *Record) error {
 	}
 	if _, err := t.stmt.update.ExecContext(ctx, string(r.ID), raw, keyOf(r)); err != nil {
 		return fmt.Errorf("write record %s: %w", r.ID, err)
+	}
+	return nil
+}
+
+// image reads what is known of an image; of an unknown one that is its digest. Of images that an earlier version noted, the one
+// template that it knew needs them.
+func (t *tx) image(ctx context.Context, digest string) (Image, error) {
+	im := Image{Digest: digest}
+	var raw []byte
+	err := t.stmt.getImage.QueryRowContext(ctx, digest).Scan(&raw)
+	if errors.Is(err, sql.ErrNoRows) {
+		return im, nil
+	}
+	if err == nil {
+		err = json.Unmarshal(raw, &im)
+	}
+	if err != nil {
+		return im, fmt.Errorf("read image %s: %w", digest, err)
+	}
+	if len(im.Templates) == 0 && !im.Removed && im.TemplateID != "" {
+		im.Templates = []sandbox.TemplateID{im.TemplateID}
+	}
+	return im, nil
+}
+
+func (t *tx) replaceImage(ctx context.Context, im *Image) error {
+	raw, err := json.Marshal(im)
+	if err != nil {
+		return fmt.Errorf("encode image %s: %w", im.Digest, err)
+	}
+	if _, err := t.stmt.putImage.ExecContext(ctx, im.Digest, raw); err != nil {
+		return fmt.Errorf("put image %s: %w", im.Digest, err)
 	}
 	return nil
 }

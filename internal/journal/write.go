@@ -3,9 +3,9 @@ package journal
 import (
 	"context"
 	"database/sql"
-	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 
 	"modernc.org/sqlite"
@@ -176,6 +176,53 @@ func (j *Journal) setMode(ctx context.Context, soft bool) error {
 	return nil
 }
 
+// Readmit makes room for a paused sandbox and notes that it is resuming, in one transaction, as Admit does. Errors:
+// ErrExhausted, ErrNotFound, and ErrConflict for one that is not paused. Soft.
+func (j *Journal) Readmit(ctx context.Context, r Record) (Record, error) {
+	r.State = sandbox.StateResuming
+	err := j.commit(ctx, false, func(ctx context.Context, t *tx) error {
+		old, err := t.get(ctx, r.ID)
+		if err != nil {
+			return err
+		}
+		if old.State != sandbox.StatePaused {
+			return sandbox.Conflictf("sandbox %s is %s, not %s", r.ID, old.State, sandbox.StatePaused)
+		}
+		if why := t.sums.short(r.Resources, t.opt.MaxSandboxes); why != "" {
+			return sandbox.Exhaustedf("no room to resume sandbox %s: %s", r.ID, why)
+		}
+		old.State = sandbox.StateResuming // the one change that follows leaves to us
+		if err := follows(&old, &r); err != nil {
+			return err
+		}
+		old.State, r.Last = sandbox.StatePaused, old.Last
+		t.sums.count(&old, -1)
+		t.sums.count(&r, 1)
+		return t.put(ctx, &r)
+	})
+	return r, err
+}
+
+// Rewind notes that a sandbox that is being paused goes on from another checkpoint: in one step it is paused in that and
+// resuming from it, and what it holds stays its own. Durable.
+func (j *Journal) Rewind(ctx context.Context, r Record) (Record, error) {
+	r.State, r.Rewinding = sandbox.StateResuming, true
+	err := j.commit(ctx, true, func(ctx context.Context, t *tx) error {
+		old, err := t.get(ctx, r.ID)
+		if err != nil {
+			return err
+		}
+		if old.State != sandbox.StatePausing {
+			return sandbox.Conflictf("sandbox %s is %s, not %s", r.ID, old.State, sandbox.StatePausing)
+		}
+		r.Last = old.Last
+		t.sums.count(&old, -1)
+		t.sums.count(&r, 1)
+		return t.put(ctx, &r)
+	})
+	return r, err
+}
+
 // Put replaces the record of a sandbox and appends changes, in one transaction. It is durable when there are changes,
 // else soft. It returns the record with its newest mark. ErrNotFound means that there is no such record, ErrConflict
 // that its state does not allow this one or that a newer generation is there.
@@ -204,6 +251,8 @@ func (j *Journal) Put(ctx context.Context, r Record, changes ...Change) (Record,
 // follows checks that next may replace old.
 func follows(old, next *Record) error {
 	switch {
+	case old.State == sandbox.StatePaused && next.State == sandbox.StateResuming:
+		return sandbox.Invalidf("sandbox %s: a paused sandbox needs room before it can resume", old.ID)
 	case old.State != next.State && !old.State.CanBecome(next.State):
 		return sandbox.Conflictf("sandbox %s is %s and cannot become %s", old.ID, old.State, next.State)
 	case next.Generation < old.Generation:
@@ -257,18 +306,35 @@ func (j *Journal) Acknowledge(ctx context.Context, n int64) error {
 	})
 }
 
-// PutImage notes that the node has an image. Durable.
+// PutImage notes that the node has an image, which its template needs. Durable.
 func (j *Journal) PutImage(ctx context.Context, im Image) error {
-	raw, err := json.Marshal(im)
-	if err != nil {
-		return fmt.Errorf("encode image %s: %w", im.Digest, err)
-	}
 	return j.commit(ctx, true, func(ctx context.Context, t *tx) error {
-		if _, err := t.stmt.putImage.ExecContext(ctx, im.Digest, raw); err != nil {
-			return fmt.Errorf("put image %s: %w", im.Digest, err)
+		old, err := t.image(ctx, im.Digest)
+		if err != nil {
+			return err
 		}
-		return nil
+		im.Templates, im.Removed = old.Templates, false
+		if im.TemplateID != "" && !slices.Contains(im.Templates, im.TemplateID) {
+			im.Templates = append(im.Templates, im.TemplateID)
+		}
+		return t.replaceImage(ctx, &im)
 	})
+}
+
+// ReleaseImage notes that a template no longer needs an image. Removed says that no template does: the image may go when
+// nothing else needs it. Durable.
+func (j *Journal) ReleaseImage(ctx context.Context, template sandbox.TemplateID, digest string) (removed bool, err error) {
+	err = j.commit(ctx, true, func(ctx context.Context, t *tx) error {
+		im, err := t.image(ctx, digest)
+		if err != nil {
+			return err
+		}
+		im.Templates = slices.DeleteFunc(im.Templates, func(o sandbox.TemplateID) bool { return o == template })
+		im.Removed = len(im.Templates) == 0
+		removed = im.Removed
+		return t.replaceImage(ctx, &im)
+	})
+	return removed, err
 }
 
 // RemoveImage notes that an image is gone. An unknown digest is no error. Durable.
