@@ -27,6 +27,15 @@ type Machine struct {
 	Exiting func(t *testing.T, code int) engine.Spec
 	// Broken returns a spec with a fresh id that passes Spec.Check and cannot start: ErrInvalid.
 	Broken func(t *testing.T) engine.Spec
+	// Holding returns a spec with a fresh id, of a guest that runs until it is stopped, and for which Put and Get work.
+	Holding func(t *testing.T) engine.Spec
+	// Again returns the spec of another guest like the one of spec, that starts from a checkpoint.
+	Again func(t *testing.T, spec engine.Spec, checkpoint string) engine.Spec
+	// Put has a guest hold two texts, one in its memory and one in a file of its root. Get returns what it holds.
+	Put func(t *testing.T, spec engine.Spec, memory, file string)
+	Get func(t *testing.T, spec engine.Spec) (memory, file string)
+	// Age makes a checkpoint look as if another version of the engine had written it.
+	Age func(t *testing.T, checkpoint string)
 	// Left returns what is left on the machine of guests, such as processes and files, each by name.
 	Left func(t *testing.T) []string
 }
@@ -54,6 +63,13 @@ func Run(t *testing.T, factory func(t *testing.T) Machine) {
 		{"CancelledStartLeavesNothing", testCancel},
 		{"ManyAtOnce", testMany},
 		{"Stats", testStats},
+		{"SaveMemory", testSaveMemory},
+		{"SaveGenerations", testSaveGenerations},
+		{"SaveFiles", testSaveFiles},
+		{"SaveLayer", testSaveLayer},
+		{"Hold", testHold},
+		{"SaveRefuses", testSaveRefuses},
+		{"CheckpointRefused", testCheckpointRefused},
 	} {
 		t.Run(c.name, func(t *testing.T) { c.run(t, factory(t)) })
 	}
@@ -63,6 +79,7 @@ func testCaps(t *testing.T, m Machine) {
 	t.Helper()
 	known := map[string]bool{
 		"disk_limit": true, "memory_limit": true, "cpu_limit": true, "cgroup_v1": true, "cgroup_v2": true, "kvm": true,
+		"save_memory": true, "save_files": true, "save_layer": true,
 	}
 	caps := m.Open(t).Caps()
 	if caps.Name == "" || caps.Version == "" {

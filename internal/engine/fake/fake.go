@@ -1,9 +1,10 @@
 // Package fake is an engine in memory, for tests of what sits above an engine.
 //
-// It owns guests that do nothing but exist: they run until they are stopped, or until a test ends them. A Host is the
-// machine; it outlives the Engines made over it, so that a new Engine over the same Host imitates a restarted node. It
-// starts no goroutine and reads the clock only through package time, so that testing/synctest controls it. Host and Engine
-// are safe for concurrent use; Host.mu guards everything.
+// It owns guests that do nothing but exist and hold two texts, as memory and as files: they run until they are stopped, or
+// until a test ends them. Checkpoints are small files on the real disk. A Host is the machine; it outlives the Engines made
+// over it, so that a new Engine over the same Host imitates a restarted node. It starts no goroutine and reads the clock only
+// through package time, so that testing/synctest controls it. Host and Engine are safe for concurrent use; Host.mu guards
+// everything.
 package fake
 
 import (
@@ -26,6 +27,7 @@ type Host struct {
 	guests  map[sandbox.ID]*guest
 	nextPID int
 	onStart func(engine.Spec) (*engine.Exit, error)
+	onSave  func(sandbox.ID, engine.SaveSpec) error
 	// latency is how long a start takes.
 	latency time.Duration
 }
@@ -38,6 +40,10 @@ type guest struct {
 	usage   *engine.Stats
 	ended   chan struct{} // closed with exit set
 	exit    engine.Exit
+
+	contents   Contents
+	stillSince time.Time // zero while it does not stand still
+	stoodFor   time.Duration
 }
 
 // NewHost returns a machine without guests.
@@ -139,7 +145,9 @@ func New(h *Host) *Engine { return &Engine{host: h} }
 
 // Caps says that the engine is a fake.
 func (e *Engine) Caps() engine.Caps {
-	return engine.Caps{Name: "fake", Version: "1", Capabilities: []string{"disk_limit", "memory_limit", "cpu_limit"}}
+	return engine.Caps{Name: saveName, Version: saveVersion, Capabilities: []string{
+		"disk_limit", "memory_limit", "cpu_limit", "save_memory", "save_files", "save_layer",
+	}}
 }
 
 // Start makes a guest. See engine.Engine.
@@ -154,9 +162,12 @@ func (e *Engine) Start(ctx context.Context, spec engine.Spec) error {
 	if err := pause(ctx, latency); err != nil {
 		return err
 	}
+	contents, err := contentsOf(spec)
+	if err != nil {
+		return fmt.Errorf("start guest %s: %w", spec.ID, err)
+	}
 	var exit *engine.Exit
 	if onStart != nil {
-		var err error
 		if exit, err = onStart(spec); err != nil {
 			return fmt.Errorf("start guest %s: %w", spec.ID, err)
 		}
@@ -168,7 +179,7 @@ func (e *Engine) Start(ctx context.Context, spec engine.Spec) error {
 	}
 	h.nextPID++
 	spec.Args, spec.Env = slices.Clone(spec.Args), slices.Clone(spec.Env)
-	g := &guest{spec: spec, pid: h.nextPID, started: time.Now(), ended: make(chan struct{})}
+	g := &guest{spec: spec, pid: h.nextPID, started: time.Now(), ended: make(chan struct{}), contents: contents}
 	h.guests[spec.ID] = g
 	if exit != nil {
 		g.end(*exit)
@@ -251,7 +262,7 @@ func (e *Engine) Stats(_ context.Context, id sandbox.ID) (engine.Stats, error) {
 		return engine.Stats{}, notFound(id)
 	}
 	now := time.Now()
-	s := engine.Stats{CPUTime: now.Sub(g.started) / 100, MemoryBytes: 16 << 20, DiskBytes: 1 << 20}
+	s := engine.Stats{CPUTime: g.active(now) / 100, MemoryBytes: 16 << 20, DiskBytes: 1 << 20}
 	if g.usage != nil {
 		s = *g.usage
 	}

@@ -3,7 +3,10 @@ package fake
 import (
 	"context"
 	"errors"
+	"os"
+	"path/filepath"
 	"strconv"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -28,6 +31,9 @@ func TestEngine(t *testing.T) {
 	enginetest.Run(t, func(*testing.T) enginetest.Machine {
 		h := NewHost()
 		h.OnStart(func(s engine.Spec) (*engine.Exit, error) {
+			if len(s.Args) == 0 { // it goes on from a checkpoint
+				return nil, nil
+			}
 			switch s.Args[0] {
 			case "/exit":
 				code, err := strconv.Atoi(s.Args[1])
@@ -43,6 +49,71 @@ func TestEngine(t *testing.T) {
 			Exiting: func(_ *testing.T, code int) engine.Spec { return spec("/exit", strconv.Itoa(code)) },
 			Broken:  func(*testing.T) engine.Spec { return spec("/broken") },
 			Left:    func(*testing.T) []string { return nil },
+			Holding: func(*testing.T) engine.Spec { return spec("/hold") },
+			Again: func(_ *testing.T, s engine.Spec, checkpoint string) engine.Spec {
+				s.ID, s.Checkpoint = sandbox.NewID("testno"), checkpoint
+				return s
+			},
+			Put: func(t *testing.T, s engine.Spec, memory, file string) {
+				t.Helper()
+				if err := h.SetContents(s.ID, Contents{Memory: memory, Files: file}); err != nil {
+					t.Error(err)
+				}
+			},
+			Get: func(_ *testing.T, s engine.Spec) (string, string) {
+				c, _ := h.Contents(s.ID)
+				return c.Memory, c.Files
+			},
+			Age: func(t *testing.T, checkpoint string) {
+				t.Helper()
+				replaceIn(t, filepath.Join(checkpoint, saveFile), `"version":"1"`, `"version":"0"`)
+			},
+		}
+	})
+}
+
+func replaceIn(t *testing.T, path, from, to string) {
+	t.Helper()
+	raw, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, []byte(strings.Replace(string(raw), from, to, 1)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestSaveHooks(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx := t.Context()
+		h := NewHost()
+		e, s := New(h), spec("/rest")
+		if err := e.Start(ctx, s); err != nil {
+			t.Fatal(err)
+		}
+		failed := errors.New("no space")
+		h.OnSave(func(sandbox.ID, engine.SaveSpec) error { return failed })
+		if _, err := e.Save(ctx, s.ID, engine.SaveSpec{Kind: engine.SaveMemory, Dir: t.TempDir(), Hold: true}); !errors.Is(err, failed) {
+			t.Errorf("got %v, want what the hook says", err)
+		}
+		if h.Still(s.ID) {
+			t.Error("the guest stands still after a save that failed")
+		}
+		h.OnSave(nil)
+		if _, err := e.Save(ctx, s.ID, engine.SaveSpec{Kind: engine.SaveMemory, Dir: t.TempDir(), Hold: true}); err != nil {
+			t.Fatal(err)
+		}
+		before, err := e.Stats(ctx, s.ID)
+		if err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Hour) // of a clock that does not wait
+		after, err := e.Stats(ctx, s.ID)
+		if err != nil || after.CPUTime != before.CPUTime || !h.Still(s.ID) {
+			t.Errorf("got %v after %v, %v, want no processor time", after.CPUTime, before.CPUTime, err)
+		}
+		if err := h.SetContents(s.ID, Contents{}); !errors.Is(err, sandbox.ErrConflict) {
+			t.Errorf("got %v, want ErrConflict", err)
 		}
 	})
 }

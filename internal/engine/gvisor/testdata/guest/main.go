@@ -70,7 +70,10 @@ func serve(addr string) {
 	}
 }
 
-var kept [][]byte
+var (
+	kept     [][]byte
+	keptText string
+)
 
 func answer(cmd, arg string) string {
 	switch cmd {
@@ -113,6 +116,14 @@ func answer(cmd, arg string) string {
 		return fmt.Sprint(os.Remove(arg))
 	case "mkdir", "symlink", "link", "chmod", "chown", "times", "fifo", "xattr", "sparse", "rmall":
 		return fmt.Sprint(change(cmd, strings.Fields(arg)))
+	case "keep":
+		keptText = arg
+		return "ok"
+	case "kept":
+		return keptText
+	case "put":
+		path, text, _ := strings.Cut(arg, " ")
+		return fmt.Sprint(os.WriteFile(path, []byte(text), 0o600))
 	case "now":
 		return strconv.FormatInt(time.Now().UnixNano(), 10)
 	case "random":
