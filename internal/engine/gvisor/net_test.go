@@ -141,6 +141,24 @@ func raise(h *netlink.Handle, name, address string) error {
 	return h.LinkSetUp(link)
 }
 
+// renew gives the wire its address back, which gVisor takes from it for the guest, so that another guest can have it.
+func (w wire) renew(tb testing.TB, n int) {
+	tb.Helper()
+	inside, err := netns.GetFromPath(w.path)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	defer func() { _ = inside.Close() }() // nothing is lost
+	h, err := netlink.NewHandleAt(inside, unix.NETLINK_ROUTE)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	defer h.Close()
+	if err := raise(h, "eth0", guestSide(n)); err != nil {
+		tb.Fatal(err)
+	}
+}
+
 // ask gives the test program in the guest a command, and returns its answer.
 func (w wire) ask(tb testing.TB, command string) string {
 	tb.Helper()
