@@ -121,17 +121,24 @@ func chooseStorage(setting, dir string, has found) (image bool, err error) {
 
 // imageWanted reports whether a start with these settings would use an image.
 func imageWanted(cfg *config.Config) bool {
-	_, err := os.Stat(filepath.Join(cfg.DataDir, imageFile))
-	return err == nil || cfg.Storage == config.StorageImage
+	return cfg.Storage == config.StorageImage || imageIn(cfg.DataDir)
+}
+
+func imageIn(dataDir string) bool {
+	_, err := os.Stat(filepath.Join(dataDir, imageFile))
+	return err == nil
 }
 
 // create makes the image. It has its name only once it is whole.
 func (s storage) create(ctx context.Context) (err error) {
 	size := s.size
 	if size == 0 {
-		if size, err = defaultImage(filepath.Dir(s.image)); err != nil {
-			return err
-		}
+		size, err = defaultImage(filepath.Dir(s.image))
+	} else {
+		err = s.hasRoom(size)
+	}
+	if err != nil {
+		return err
 	}
 	mkfs, err := exec.LookPath("mkfs.xfs")
 	if err != nil {
@@ -174,6 +181,20 @@ func defaultImage(dir string) (int64, error) {
 		return 0, sandbox.Exhaustedf("%d MiB are free in %s: an image needs at least %d MiB", free>>20, dir, int64(leastImage)>>20*5/4)
 	}
 	return size, nil
+}
+
+// hasRoom checks that the disk has the bytes that the image may come to take. Beyond them guests would lose what they wrote:
+// the image's file system takes it, and finds no place for it later. Errors: ErrExhausted.
+func (s storage) hasRoom(more int64) error {
+	free, err := freeBytes(filepath.Dir(s.image))
+	if err != nil {
+		return err
+	}
+	if more > free {
+		size, room := config.Size(s.size), config.Size(free)
+		return sandbox.Exhaustedf("storage-size %s: only %s more are free in %s: give less, or leave the setting out", size.String(), room.String(), filepath.Dir(s.image))
+	}
+	return nil
 }
 
 func makeSparse(path string, size int64) error {
@@ -234,15 +255,19 @@ func (s storage) open(ctx context.Context) error {
 
 // enlarge makes the file as long as the setting says. Errors: ErrInvalid when it is longer.
 func (s storage) enlarge() error {
-	info, err := os.Stat(s.image)
-	switch {
-	case err != nil:
+	var st unix.Stat_t
+	if err := unix.Stat(s.image, &st); err != nil {
 		return fmt.Errorf("look at the storage image: %w", err)
-	case s.size == 0 || info.Size() == s.size:
+	}
+	switch {
+	case s.size == 0 || st.Size == s.size:
 		return nil
-	case info.Size() > s.size:
-		is, want := config.Size(info.Size()), config.Size(s.size)
+	case st.Size > s.size:
+		is, want := config.Size(st.Size), config.Size(s.size)
 		return sandbox.Invalidf("storage-size %s: %s has %s and cannot shrink: leave the setting out, or give at least that", want.String(), s.image, is.String())
+	}
+	if err := s.hasRoom(s.size - st.Blocks*512); err != nil {
+		return err
 	}
 	if err := os.Truncate(s.image, s.size); err != nil {
 		return fmt.Errorf("grow the storage image: %w", err)
@@ -371,8 +396,8 @@ func freeForNode(dataDir string) (int64, error) {
 	case err != nil:
 		return 0, err
 	}
-	if _, err := os.Stat(filepath.Join(dataDir, imageFile)); err != nil {
-		return in, nil // the directory itself, or a disk that somebody mounted there
+	if imageIn(dataDir) {
+		return min(in, below), nil
 	}
-	return min(in, below), nil
+	return in, nil // the directory itself, or a disk that somebody mounted there
 }

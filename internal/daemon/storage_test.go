@@ -163,6 +163,10 @@ func TestStorageImage(t *testing.T) {
 	if err := s.open(t.Context()); !errors.Is(err, sandbox.ErrInvalid) {
 		t.Errorf("shrink: %v; want ErrInvalid", err)
 	}
+	s.size = 1 << 60
+	if err := s.open(t.Context()); !errors.Is(err, sandbox.ErrExhausted) {
+		t.Errorf("grow beyond the disk: %v; want ErrExhausted", err)
+	}
 
 	if err := s.purge(t.Context()); err != nil {
 		t.Fatal(err)
@@ -228,7 +232,7 @@ func TestStorageFailsWhole(t *testing.T) {
 	t.Run("mkfs fails", func(t *testing.T) {
 		s := testStorage(t, 600<<20)
 		bin := t.TempDir()
-		if err := os.WriteFile(filepath.Join(bin, "mkfs.xfs"), []byte("#!/bin/sh\necho it broke >&2; exit 1\n"), 0o700); err != nil { //nolint:gosec // a program
+		if err := os.WriteFile(filepath.Join(bin, "mkfs.xfs"), []byte("#!/bin/sh\necho it broke >&2; exit 1\n"), 0o700); err != nil {
 			t.Fatal(err)
 		}
 		t.Setenv("PATH", bin+":"+os.Getenv("PATH")) //nolint:forbidigo // the tests' own
@@ -272,7 +276,7 @@ func TestStorageInAnotherNamespace(t *testing.T) {
 	}
 	script := `umount "$1" && exec "$2" -test.run '^TestStorageOpenOnce$' -test.v`
 	cmd := exec.CommandContext(t.Context(), "unshare", "-m", "sh", "-ec", script, "sh", s.node, os.Args[0])
-	cmd.Env = append(os.Environ(), onceVar+"="+filepath.Dir(s.image)) //nolint:forbidigo // the tests' own
+	cmd.Env = append(os.Environ(), onceVar+"="+filepath.Dir(s.image))
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
