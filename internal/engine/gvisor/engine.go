@@ -12,6 +12,7 @@ import (
 	"strings"
 	"sync"
 
+	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/runsc/config"
 	"gvisor.dev/gvisor/runsc/flag"
 	"gvisor.dev/gvisor/runsc/specutils"
@@ -30,6 +31,9 @@ const (
 	DefaultSentryBytes = 64 << 20
 
 	modulePath = "gvisor.dev/gvisor"
+
+	// firstSafe is above the number of every file that is passed to a new process.
+	firstSafe = 200
 )
 
 // Config says where and how an Engine runs its guests.
@@ -103,10 +107,17 @@ func useSentry(path string) (*os.File, error) {
 	if path == "" {
 		return nil, nil //nolint:nilnil // this program needs no file
 	}
-	f, err := os.Open(path) //nolint:gosec // the caller's own program
+	low, err := os.Open(path) //nolint:gosec // the caller's own program
 	if err != nil {
 		return nil, fmt.Errorf("open sentry: %w", err)
 	}
+	defer func() { _ = low.Close() }() // duplicated below
+	// A new process finds the files that are passed to it at the first numbers, where they would hide a program.
+	fd, err := unix.FcntlInt(low.Fd(), unix.F_DUPFD_CLOEXEC, firstSafe)
+	if err != nil {
+		return nil, fmt.Errorf("open sentry: %w", err)
+	}
+	f := os.NewFile(uintptr(fd), path) //nolint:gosec // a descriptor
 	specutils.ExePath = fmt.Sprintf("/proc/self/fd/%d", f.Fd())
 	return f, nil
 }

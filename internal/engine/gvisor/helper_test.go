@@ -28,6 +28,7 @@ func needHost(tb testing.TB) {
 // place is where the engines of one test keep their guests.
 type place struct {
 	root, scratch, saves, parent string
+	exe                          string // the sentry's program; empty means the tests' own where it can be
 }
 
 func newPlace(tb testing.TB) place {
@@ -65,7 +66,7 @@ func newPlaceIn(tb testing.TB, parent string) place {
 
 func (p place) config(tb testing.TB) Config {
 	tb.Helper()
-	c := Config{Root: p.root, CgroupParent: p.parent}
+	c := Config{Root: p.root, CgroupParent: p.parent, ExePath: p.exe}
 	if ownSentry() {
 		c.ExePath = built(tb, "sentry")
 	}

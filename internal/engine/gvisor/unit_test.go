@@ -2,6 +2,7 @@ package gvisor
 
 import (
 	"errors"
+	"gvisor.dev/gvisor/runsc/specutils"
 	"os"
 	"path/filepath"
 	"strings"
@@ -164,5 +165,17 @@ func TestProcessIdentity(t *testing.T) {
 	}
 	if _, err := openProcess(os.Getpid(), p.start+1); !errors.Is(err, unix.ESRCH) {
 		t.Errorf("another process of that number: got %v, want ESRCH", err)
+	}
+}
+
+// TestSentryIsNotHidden opens the sentry while low numbers are free, which the files of a new process would take.
+func TestSentryIsNotHidden(t *testing.T) {
+	f, err := useSentry("/proc/self/exe")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { specutils.ExePath = "/proc/self/exe"; _ = f.Close() })
+	if f.Fd() < firstSafe {
+		t.Errorf("the sentry has number %d, want at least %d", f.Fd(), firstSafe)
 	}
 }
