@@ -68,7 +68,7 @@ func (d *reader) run(c *instructions.RunCommand, line int) error {
 // runFlags refuses what changes the meaning of RUN, and warns of what only makes Docker faster.
 func (d *reader) runFlags(c *instructions.RunCommand, line int) error {
 	if err := c.Expand(func(word string) (string, error) { return d.plain(word, line) }); err != nil {
-		return err
+		return lineError(line, "%v", err)
 	}
 	for _, m := range instructions.GetMounts(c) {
 		switch m.Type {
