@@ -137,10 +137,10 @@ func TestTemplatesAndBuilds(t *testing.T) {
 	if strings.Join(lines, ",") != "fetching,done" || last.State != client.BuildReady {
 		t.Errorf("%v, %+v", lines, last)
 	}
-	if got, err := c.Template(ctx, "team/tools"); err != nil || got.Builds[0].ImageDigest != "sha256:70015" {
+	if got, err := c.GetTemplate(ctx, "team/tools"); err != nil || got.Builds[0].ImageDigest != "sha256:70015" {
 		t.Errorf("%+v, %v", got, err)
 	}
-	if all, err := c.Templates(ctx); err != nil || len(all) != 2 {
+	if all, err := c.ListTemplates(ctx); err != nil || len(all) != 2 {
 		t.Errorf("%+v, %v", all, err)
 	}
 	if err := c.DeleteTemplate(ctx, "team/tools"); err != nil {
