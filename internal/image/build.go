@@ -2,8 +2,6 @@ package image
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -82,10 +80,7 @@ func (s *Store) fromSource(ctx context.Context, src Source, req Request, report 
 	if err := b.fill(ctx); err != nil {
 		return Image{}, err
 	}
-	if n := b.tree.DroppedXattrs(); n > 0 {
-		report(Progress{Step: "unpack", Fraction: filledShare, Message: fmt.Sprintf(
-			"left out %d extended attributes (file capabilities among them): sandboxes cannot read them", n)})
-	}
+	b.reportXattrs()
 	report(Progress{Step: "finalize", Fraction: filledShare, Message: "adding the guest agent and its user"})
 	if b.image.GuestDigest, err = s.finalize(b.tree); err != nil {
 		return Image{}, fmt.Errorf("fit out the image: %w", err)
@@ -94,6 +89,14 @@ func (s *Store) fromSource(ctx context.Context, src Source, req Request, report 
 		return Image{}, err
 	}
 	return b.publish()
+}
+
+// reportXattrs says that sandboxes will not see everything that the sources had.
+func (b *build) reportXattrs() {
+	if n := b.tree.DroppedXattrs(); n > 0 {
+		b.report(Progress{Step: "unpack", Fraction: filledShare, Message: fmt.Sprintf(
+			"left out %d extended attributes (file capabilities among them): sandboxes cannot read them", n)})
+	}
 }
 
 // fill puts the source's files into the tree.
@@ -161,8 +164,8 @@ func (b *build) pack(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("write the image: %w", err)
 	}
-	sum := sha256.New()
-	b.image.Bytes, err = erofs.Write(ctx, io.MultiWriter(sum, f), b.tree.Root, func(done, total int64) {
+	out := newImageWriter(f)
+	b.image.Bytes, err = erofs.Write(ctx, out, b.tree.Root, func(done, total int64) {
 		part := float64(done) / float64(total)
 		b.report(Progress{Step: "pack", Fraction: finalizeShare + (0.99-finalizeShare)*part})
 	})
@@ -170,9 +173,9 @@ func (b *build) pack(ctx context.Context) error {
 		err = f.Sync()
 	}
 	if err := errors.Join(err, f.Close()); err != nil {
-		return fmt.Errorf("write the image: %w", err)
+		return fmt.Errorf("write the image: %w", full(b.store.cfg.Dir, err))
 	}
-	b.image.Digest = "sha256:" + hex.EncodeToString(sum.Sum(nil))
+	b.image.Digest = out.digest()
 	return nil
 }
 

@@ -6,8 +6,12 @@
 // the process in the middle leaves nothing that counts, and Recover clears it away.
 //
 // It must not decide which image a template uses, nor know about sandboxes or engines. All methods of a Store are safe for
-// concurrent use; equal requests share one build. One Store owns a directory at a time: the caller sees to that. The only
-// lock, Store.mu, guards the table of running builds and is never held during I/O.
+// concurrent use; equal requests share one build. One Store owns a directory at a time: the caller sees to that. Two locks,
+// never held together: Store.mu guards the table of running builds and is not held during I/O; Store.keeping guards the
+// directory of layers.
+//
+// A template's build adds layers: a Recorder makes one of what each step changed, Compose puts them on top of an image and
+// so makes another, and cached steps remember the layer that they made. Prune frees what nothing refers to.
 package image
 
 import (
@@ -30,6 +34,7 @@ const GuestPath = "/usr/local/bin/cloister-guest"
 const (
 	defaultAnswerTimeout = 5 * time.Second
 	defaultCacheAge      = 30 * 24 * time.Hour
+	defaultCacheBytes    = 10 << 30
 )
 
 // Config is what a Store needs. Only Dir is required.
@@ -115,6 +120,14 @@ type Store struct {
 
 	mu      sync.Mutex
 	flights map[string]*flight
+
+	// keeping makes putting a layer in its place and freeing one exclude each other. Unlike mu it is held during renames
+	// and removals, because what it guards is the directory; no data is copied meanwhile.
+	keeping sync.Mutex
+	// fresh says since when layers are there that nothing may refer to yet.
+	fresh map[string]time.Time
+	// prunes is how many Prunes run.
+	prunes int
 }
 
 // tools are the programs that the store runs; tests put others in their place.
@@ -153,10 +166,13 @@ func New(cfg Config) (*Store, error) {
 	if cfg.CacheAge == 0 {
 		cfg.CacheAge = defaultCacheAge
 	}
-	s := &Store{cfg: cfg, log: cfg.Logger, flights: map[string]*flight{}, tools: tools{
+	if cfg.CacheBytes == 0 {
+		cfg.CacheBytes = defaultCacheBytes
+	}
+	s := &Store{cfg: cfg, log: cfg.Logger, flights: map[string]*flight{}, fresh: map[string]time.Time{}, tools: tools{
 		debootstrap: "debootstrap", keyringDir: "/usr/share/keyrings", scriptDir: "/usr/share/debootstrap/scripts",
 	}}
-	for _, dir := range []string{s.imageDir(), s.tempDir(), s.debDir(), s.debianDir()} {
+	for _, dir := range []string{s.imageDir(), s.tempDir(), s.debDir(), s.debianDir(), s.layerDir(), s.stepDir(), s.composedDir()} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, fmt.Errorf("open image store: %w", err)
 		}

@@ -150,7 +150,7 @@ func (s *Store) Verify(ctx context.Context, digest string) error {
 }
 
 // Recover clears away what an earlier process left half-made, mounts of an interrupted bootstrap included, and takes
-// images out of the cache whose names or sizes are wrong. Call it before the first Build.
+// images and cached steps out of it whose names or contents are wrong. Call it before the first Build.
 func (s *Store) Recover(ctx context.Context) error {
 	if err := unmountBelow(s.tempDir()); err != nil {
 		return fmt.Errorf("recover image store: %w", err)
@@ -171,7 +171,13 @@ func (s *Store) Recover(ctx context.Context) error {
 	if err := s.clearNewTrees(); err != nil {
 		return fmt.Errorf("recover image store: %w", err)
 	}
-	return s.checkImages(ctx)
+	if err := s.checkImages(ctx); err != nil {
+		return err
+	}
+	if _, err := s.steps(ctx); err != nil {
+		return fmt.Errorf("recover image store: %w", err)
+	}
+	return nil
 }
 
 func (s *Store) checkImages(ctx context.Context) error {

@@ -1,4 +1,4 @@
-// Package erofs writes a file tree as an EROFS image that gVisor and Linux mount.
+// Package erofs writes a file tree as an EROFS image that gVisor and Linux mount, and reads such an image back.
 //
 // It owns the on-disk format, as far as a root file system needs it: 4 KiB blocks, nothing compressed, regular files at
 // block boundaries, hard links shared, no extended attributes (gVisor refuses an inode that has any). The same tree gives
@@ -14,16 +14,29 @@ import (
 	"fmt"
 	"hash/crc32"
 	"io"
+	"os"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/cloister-dev/cloister/internal/image/tree"
 )
 
-const bufferSize = 1 << 20
+const (
+	bufferSize = 1 << 20
+	// maxClone is how many bytes are cloned at once, so that cancelling does not take long.
+	maxClone = 64 << 20
+)
+
+// Cloner is a writer that can share blocks with another file instead of copying them.
+type Cloner interface {
+	io.Writer
+	// Clone appends the bytes of src from off to off+size. Both are multiples of 4096.
+	Clone(ctx context.Context, src *os.File, off, size int64) error
+}
 
 // Write writes the tree below root as an image, and returns its size in bytes. It calls progress, which may be nil, now
-// and then with the bytes written and to write.
+// and then with the bytes written and to write. If w is a Cloner, it gets the contents that come from an image that Read
+// has read in as few pieces as possible.
 func Write(ctx context.Context, w io.Writer, root *tree.Node, progress func(done, total int64)) (int64, error) {
 	l, err := plan(ctx, root)
 	if err != nil {
@@ -33,6 +46,7 @@ func Write(ctx context.Context, w io.Writer, root *tree.Node, progress func(done
 		progress = func(int64, int64) {}
 	}
 	out := &writer{layout: l, out: bufio.NewWriterSize(w, bufferSize), progress: progress}
+	out.cloner, _ = w.(Cloner)
 	if err := out.all(ctx); err != nil {
 		return 0, err
 	}
@@ -49,6 +63,9 @@ type writer struct {
 	at       int64
 	scratch  []byte
 	progress func(done, total int64)
+	// cloner is nil where the writer cannot share; run is what it gets next.
+	cloner Cloner
+	run    tree.Extent
 }
 
 func (w *writer) all(ctx context.Context) error {
@@ -70,6 +87,9 @@ func (w *writer) all(ctx context.Context) error {
 				return err
 			}
 		}
+	}
+	if err := w.flushRun(ctx); err != nil {
+		return err
 	}
 	w.progress(w.at, w.blocks<<blockBits)
 	if err := w.out.Flush(); err != nil {
@@ -191,6 +211,12 @@ func (w *writer) data(ctx context.Context, ino *inode) error {
 
 // file copies a file's contents, which must have the size that the layout was made for.
 func (w *writer) file(ctx context.Context, ino *inode) error {
+	if b, ok := ino.node.Content.(blocks); ok && w.cloner != nil {
+		return w.clone(ctx, b)
+	}
+	if err := w.flushRun(ctx); err != nil {
+		return err
+	}
 	r, err := ino.node.Content.Open()
 	if err != nil {
 		return fmt.Errorf("read a file of the image: %w", err)
@@ -202,6 +228,36 @@ func (w *writer) file(ctx context.Context, ino *inode) error {
 	}
 	if err := errors.Join(err, r.Close()); err != nil {
 		return fmt.Errorf("copy %d bytes of a file into the image: %w", ino.size, err)
+	}
+	return nil
+}
+
+// clone adds a file's blocks to the run of those that are cloned together.
+func (w *writer) clone(ctx context.Context, b blocks) error {
+	size := align(b.Bytes, blockSize)
+	if w.run.File != b.File || w.run.Off+w.run.Bytes != b.Off || w.run.Bytes+size > maxClone {
+		if err := w.flushRun(ctx); err != nil {
+			return err
+		}
+		w.run = tree.Extent{File: b.File, Off: b.Off}
+	}
+	w.run.Bytes += size
+	w.at += size
+	return nil
+}
+
+// flushRun clones what has come together.
+func (w *writer) flushRun(ctx context.Context) error {
+	if w.run.Bytes == 0 {
+		return nil
+	}
+	if err := w.out.Flush(); err != nil {
+		return fmt.Errorf("write the image: %w", err)
+	}
+	err := w.cloner.Clone(ctx, w.run.File, w.run.Off, w.run.Bytes)
+	w.run = tree.Extent{}
+	if err != nil {
+		return fmt.Errorf("clone a part of another image: %w", err)
 	}
 	return nil
 }

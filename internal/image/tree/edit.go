@@ -86,6 +86,18 @@ func (t *Tree) put(path string, follow bool, data []byte, attr Attr) error {
 	return t.set(at.dir, at.name, n)
 }
 
+// Place makes the path lead to the file n, in place of what was there. A symbolic link at the end is replaced.
+func (t *Tree) Place(path string, n *Node) error {
+	at, err := t.locate(path, false, true)
+	if err != nil {
+		return err
+	}
+	if at.dir == nil {
+		return sandbox.Invalidf("%s of the image is a directory; a file is needed there", path)
+	}
+	return t.set(at.dir, at.name, n)
+}
+
 // Mkdir makes sure that the path leads to a directory; one that exists stays as it is. It returns the directory and
 // whether it is new.
 func (t *Tree) Mkdir(path string, attr Attr) (n *Node, made bool, err error) {
@@ -117,6 +129,18 @@ func (t *Tree) Symlink(target, path string, attr Attr) error {
 	n.Mode |= 0o777
 	n.Target = target
 	return t.set(at.dir, at.name, n)
+}
+
+// Add makes name in the directory dir lead to n, in place of what was there. The caller answers for the name. It returns
+// ErrInvalid beyond the limit of entries; Charge counts the contents.
+func (t *Tree) Add(dir *Node, name string, n *Node) error { return t.set(dir, name, n) }
+
+// Charge counts a new regular file's contents, and returns ErrInvalid beyond the limit.
+func (t *Tree) Charge(n *Node) error {
+	if n.Type() != unix.S_IFREG {
+		return nil
+	}
+	return t.charge(n.Size())
 }
 
 // Remove takes the path and all below it away. It is no error where there is nothing.

@@ -6,7 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"math"
+	"os"
 	"path"
 	"slices"
 	"strings"
@@ -23,8 +25,66 @@ const (
 	reserved = ".wh..wh."
 )
 
+// keeper takes the contents of files.
+type keeper interface {
+	Add(r io.Reader, size int64) (Content, error)
+}
+
 // ApplyLayer puts a layer, an uncompressed tar stream, on top of the tree. Contents go to the spool.
 func (t *Tree) ApplyLayer(ctx context.Context, r io.Reader, spool *Spool) error {
+	return t.apply(ctx, r, spool)
+}
+
+// ApplyFile is ApplyLayer of a file, in which the contents stay: it must not be closed as long as they are needed. Sparse
+// entries are read as if they were not.
+func (t *Tree) ApplyFile(ctx context.Context, f *os.File) error {
+	in := &inPlace{file: f}
+	return t.apply(ctx, in, in)
+}
+
+// inPlace reads an archive and leaves contents where they are.
+type inPlace struct {
+	file *os.File
+	at   int64
+}
+
+func (p *inPlace) Read(b []byte) (int, error) {
+	n, err := p.file.ReadAt(b, p.at)
+	p.at += int64(n)
+	if n > 0 && errors.Is(err, io.EOF) {
+		err = nil
+	}
+	return n, err
+}
+
+// Seek lets the tar reader skip contents.
+func (p *inPlace) Seek(off int64, whence int) (int64, error) {
+	switch whence {
+	case io.SeekCurrent:
+		off += p.at
+	case io.SeekEnd:
+		info, err := p.file.Stat()
+		if err != nil {
+			return 0, err
+		}
+		off += info.Size()
+	}
+	if off < 0 {
+		return 0, fs.ErrInvalid
+	}
+	p.at = off
+	return off, nil
+}
+
+// Add returns the contents that begin here.
+func (p *inPlace) Add(_ io.Reader, size int64) (Content, error) {
+	if size == 0 {
+		return nil, nil //nolint:nilnil // no content is what an empty file has
+	}
+	return Extent{File: p.file, Off: p.at, Bytes: size}, nil
+}
+
+func (t *Tree) apply(ctx context.Context, r io.Reader, spool keeper) error {
 	t.layer++
 	for tr := tar.NewReader(r); ; {
 		if err := ctx.Err(); err != nil {
@@ -51,7 +111,7 @@ func invalidTar(err error) error {
 	return fmt.Errorf("read the layer: %w", err)
 }
 
-func (t *Tree) applyEntry(hdr *tar.Header, body io.Reader, spool *Spool) error {
+func (t *Tree) applyEntry(hdr *tar.Header, body io.Reader, spool keeper) error {
 	if hdr.Typeflag == tar.TypeXGlobalHeader {
 		return nil
 	}
@@ -149,7 +209,7 @@ func (t *Tree) hide(parent *Node, name string) {
 }
 
 // entryNode makes the node of a tar entry, or finds that of a hard link.
-func (t *Tree) entryNode(hdr *tar.Header, body io.Reader, spool *Spool) (*Node, error) {
+func (t *Tree) entryNode(hdr *tar.Header, body io.Reader, spool keeper) (*Node, error) {
 	switch hdr.Typeflag {
 	case tar.TypeReg, tar.TypeCont, tar.TypeGNUSparse:
 		return t.regular(hdr, body, spool)
@@ -176,7 +236,7 @@ func (t *Tree) entryNode(hdr *tar.Header, body io.Reader, spool *Spool) (*Node, 
 	}
 }
 
-func (t *Tree) regular(hdr *tar.Header, body io.Reader, spool *Spool) (*Node, error) {
+func (t *Tree) regular(hdr *tar.Header, body io.Reader, spool keeper) (*Node, error) {
 	n, err := headerNode(hdr, unix.S_IFREG)
 	if err != nil {
 		return nil, err

@@ -36,7 +36,7 @@ func (s *Spool) Add(r io.Reader, size int64) (Content, error) {
 	if size == 0 {
 		return nil, nil //nolint:nilnil // no content is what an empty file has
 	}
-	part := span{file: s.file, off: s.end, size: size}
+	part := Extent{File: s.file, Off: s.end, Bytes: size}
 	n, err := io.CopyBuffer(plainWriter{io.NewOffsetWriter(s.file, s.end)}, io.LimitReader(r, size), s.buf)
 	s.end += n
 	switch {
@@ -48,19 +48,28 @@ func (s *Spool) Add(r io.Reader, size int64) (Content, error) {
 	return part, nil
 }
 
+// Mark is the place up to which the spool is in use.
+func (s *Spool) Mark() int64 { return s.end }
+
+// Rewind forgets what was added after mark was taken.
+func (s *Spool) Rewind(mark int64) { s.end = mark }
+
 // Close frees the spool. Contents that it returned cannot be read any more.
 func (s *Spool) Close() error { return s.file.Close() }
 
-// span is a part of a spool.
-type span struct {
-	file      *os.File
-	off, size int64
+// Extent is a Content that lies in one piece in an open file.
+type Extent struct {
+	File *os.File
+	// Off is where it begins and Bytes how long it is.
+	Off, Bytes int64
 }
 
-func (p span) Size() int64 { return p.size }
+// Size is the number of bytes.
+func (e Extent) Size() int64 { return e.Bytes }
 
-func (p span) Open() (io.ReadCloser, error) {
-	return io.NopCloser(io.NewSectionReader(p.file, p.off, p.size)), nil
+// Open returns a reader of the extent. Closing it leaves the file open.
+func (e Extent) Open() (io.ReadCloser, error) {
+	return io.NopCloser(io.NewSectionReader(e.File, e.Off, e.Bytes)), nil
 }
 
 // plainWriter hides what else a writer can do, so that io.CopyBuffer uses the buffer.
