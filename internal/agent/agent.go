@@ -28,6 +28,7 @@ type Agent struct {
 	engine   engine.Engine
 	network  network
 	images   images
+	saves    checkpoints
 	server   nodev1connect.NodeServiceClient
 	dial     func(ctx context.Context, network, address string) (net.Conn, error)
 	log      *slog.Logger
@@ -45,18 +46,18 @@ type Agent struct {
 	short  atomic.Int64           // creates that have found no room and see what can give way
 	acked  atomic.Int64           // the last change that the server is known to have
 
-	mu        sync.RWMutex
-	all       map[sandbox.ID]*instance
-	byKey     map[string]*flight
-	pools     map[poolKey]*pool
-	templates map[sandbox.TemplateID]string // the image digest that each template was last seen with
+	mu      sync.RWMutex
+	all     map[sandbox.ID]*instance
+	byKey   map[string]*flight
+	pools   map[poolKey]*pool
+	garbage map[string]*garbage // images that no template needs, by their digest
 }
 
 // New returns an Agent that does nothing yet.
 func New(cfg Config, d Deps) (*Agent, error) {
 	switch {
-	case d.Journal == nil || d.Engine == nil || d.Network == nil || d.Images == nil || d.Server == nil:
-		return nil, sandbox.Invalidf("agent: journal, engine, network, images and server are all needed")
+	case d.Journal == nil || d.Engine == nil || d.Network == nil || d.Images == nil || d.Snapshots == nil || d.Server == nil:
+		return nil, sandbox.Invalidf("agent: journal, engine, network, images, snapshots and server are all needed")
 	case cfg.ScratchDir == "":
 		return nil, sandbox.Invalidf("agent: a scratch directory is needed")
 	}
@@ -68,12 +69,12 @@ func New(cfg Config, d Deps) (*Agent, error) {
 	}
 	cfg = withDefaults(cfg)
 	a := &Agent{
-		cfg: cfg, journal: d.Journal, engine: d.Engine, network: d.Network, images: d.Images, server: d.Server,
+		cfg: cfg, journal: d.Journal, engine: d.Engine, network: d.Network, images: d.Images, saves: d.Snapshots, server: d.Server,
 		dial: d.Dial, log: d.Logger, node: d.Journal.NodeID(),
 		gate: newGate(cfg.MaxStarting, cfg.MaxWaiting), crew: newCrew(), builds: newBuilds(), clock: newClock(),
 		wake: make(chan struct{}, 1), news: make(chan struct{}, 1),
 		all: map[sandbox.ID]*instance{}, byKey: map[string]*flight{}, pools: map[poolKey]*pool{},
-		templates: map[sandbox.TemplateID]string{},
+		garbage: map[string]*garbage{},
 	}
 	a.acked.Store(d.Journal.Ledger().Acknowledged)
 	var err error

@@ -87,7 +87,7 @@ func TestBuild(t *testing.T) {
 		if _, err := n.GetBuild(t.Context(), &agentv1.GetBuildRequest{BuildId: id}); connect.CodeOf(err) != connect.CodeNotFound {
 			t.Errorf("a build of an earlier process: %v", err)
 		}
-		if n.templates["t1"] != digestOf("three") {
+		if ims, err := n.jour.Images(t.Context()); err != nil || len(ims) != 1 || len(ims[0].Templates) != 1 || ims[0].Removed {
 			t.Error("the template's image is forgotten")
 		}
 	})

@@ -44,6 +44,9 @@ func (a *Agent) Kill(ctx context.Context, req *agentv1.KillRequest) (*agentv1.Ki
 
 // kill ends a sandbox. One that has ended, or is about to for another reason, is ErrNotFound.
 func (a *Agent) kill(ctx context.Context, in *instance, e journal.Ending) error {
+	if s := in.record().State; s == sandbox.StatePausing || s == sandbox.StateResuming {
+		in.interrupt(sandbox.Unavailablef("sandbox %s is being ended: %s", in.id, e.Reason))
+	}
 	if err := in.lock(ctx); err != nil {
 		return err
 	}

@@ -59,6 +59,9 @@ type Config struct {
 	// pressure and available memory, see MemoryPressure.
 	MemoryPressure func() bool
 
+	// PauseTimeout bounds a pause, a snapshot, and the restoring of a rollback. Default: 5 min.
+	PauseTimeout time.Duration
+
 	// SampleInterval is the time between two samples of each sandbox's use, and Samples how many of them are kept.
 	// Defaults: 5 s and 360.
 	SampleInterval time.Duration
@@ -75,7 +78,9 @@ type Deps struct {
 	Engine  engine.Engine
 	Network network
 	Images  images
-	Server  nodev1connect.NodeServiceClient
+	// Snapshots keeps checkpoints; the Agent calls its Recover.
+	Snapshots checkpoints
+	Server    nodev1connect.NodeServiceClient
 	// Dial connects to guests. Default: a net.Dialer.
 	Dial       func(ctx context.Context, network, address string) (net.Conn, error)
 	Registerer prometheus.Registerer
@@ -99,6 +104,7 @@ func withDefaults(c Config) Config {
 	orDefault(&c.GuestTimeout, 30*time.Second)
 	orDefault(&c.ClaimTimeout, 2*time.Second)
 	orDefault(&c.StopTimeout, 20*time.Second)
+	orDefault(&c.PauseTimeout, 5*time.Minute)
 	orDefault(&c.WarmMin, 2)
 	orDefault(&c.WarmMax, 16)
 	orDefault(&c.WarmKeep, time.Hour)

@@ -11,6 +11,7 @@ import (
 	"github.com/cloister-dev/cloister/internal/guestnet"
 	"github.com/cloister-dev/cloister/internal/journal"
 	"github.com/cloister-dev/cloister/internal/sandbox"
+	"github.com/cloister-dev/cloister/internal/snapshot"
 )
 
 // Create admits, starts and returns a running sandbox.
@@ -61,6 +62,10 @@ type flight struct {
 
 // createOnce creates, unless the order's idempotency key was used before: then it returns what that create made.
 func (a *Agent) createOnce(ctx context.Context, o *order) (*instance, string, error) {
+	var err error
+	if o.from, err = a.sourceOf(o.pool); err != nil {
+		return nil, "", err
+	}
 	if o.key == "" {
 		return a.create(ctx, o)
 	}
@@ -150,7 +155,7 @@ func (a *Agent) claim(ctx context.Context, in *instance, o *order) error {
 			return err
 		}
 	}
-	if err := a.initGuest(ctx, in, in.takeGuest(), o); err != nil {
+	if err := a.initGuest(ctx, in, in.takeGuest()); err != nil {
 		return err
 	}
 	return a.started(ctx, in, o, "claimed from the warm pool")
@@ -158,7 +163,7 @@ func (a *Agent) claim(ctx context.Context, in *instance, o *order) error {
 
 // coldStart makes a sandbox from nothing.
 func (a *Agent) coldStart(ctx context.Context, o *order) (*instance, error) {
-	r := a.newRecord(o.pool)
+	r := a.newRecord(o.pool, &o.from)
 	o.fill(&r)
 	in, err := a.admit(ctx, &r)
 	if err != nil {
@@ -186,7 +191,7 @@ func (a *Agent) start(ctx context.Context, in *instance, o *order) error {
 	if err != nil {
 		return err
 	}
-	if err := a.initGuest(ctx, in, g, o); err != nil {
+	if err := a.initGuest(ctx, in, g); err != nil {
 		return err
 	}
 	return a.started(ctx, in, o, "started")
@@ -203,54 +208,80 @@ func (a *Agent) started(ctx context.Context, in *instance, o *order, how string)
 	if o.timeout > 0 {
 		r.EndAt = r.StartedAt.Add(o.timeout)
 	}
-	r.State = sandbox.StateRunning
+	r.State, r.TokenOf = sandbox.StateRunning, ""
 	r.Generation++
 	r.Append(journal.Line{Time: r.StartedAt, Level: "info", Message: "sandbox " + how})
 	return a.put(ctx, in, r, created, journal.Change{Type: "started", Time: r.StartedAt, Sandbox: r.Sandbox})
 }
 
-// newRecord is the record of a sandbox that nobody has ordered.
-func (a *Agent) newRecord(k poolKey) journal.Record {
-	return journal.Record{
+// newRecord is the record of a sandbox that nobody has ordered, from a checkpoint if there is one.
+func (a *Agent) newRecord(k poolKey, from *snapshot.Manifest) journal.Record {
+	r := journal.Record{
 		Sandbox: sandbox.Sandbox{
 			ID: sandbox.NewID(a.node), NodeID: a.node, State: sandbox.StateCreating, Generation: 1, Resources: k.size,
 			StartedAt: now(), GuestVersion: a.cfg.GuestVersion,
 		},
-		ImageDigest: k.digest,
+		ImageDigest: k.digest, Source: k.checkpoint,
 	}
+	if from.Secure && from.Kind == sandbox.CheckpointMemory {
+		r.TokenOf, r.Secure = from.SandboxID, true
+	}
+	return r
 }
 
 // fill puts the order's wishes into a record.
 func (o *order) fill(r *journal.Record) {
 	r.TemplateID, r.TemplateName, r.Metadata = o.template, o.name, o.metadata
-	r.Secure, r.AllowInternet, r.IdempotencyKey = o.secure, o.internet, o.key
+	r.AllowInternet, r.IdempotencyKey = o.internet, o.key
+	r.AutoPause, r.AutoPauseKind, r.Guest = o.autoPause, o.autoPauseKind, o.guest
+	// An agent that demands a token goes on demanding one.
+	r.Secure = o.secure || r.TokenOf != ""
 }
 
 // admit writes a record if there is room for it, and returns its instance with op held. When only warm sandboxes are in
 // the way of one that somebody waits for, they are given back.
 func (a *Agent) admit(ctx context.Context, r *journal.Record) (*instance, error) {
-	for pressed := false; ; {
-		if r.Warm && a.short.Load() > 0 {
-			return nil, sandbox.Exhaustedf("no room for warm sandboxes: others are waited for")
-		}
+	if r.Warm && a.short.Load() > 0 {
+		return nil, sandbox.Exhaustedf("no room for warm sandboxes: others are waited for")
+	}
+	var in *instance
+	try := func() error {
 		got, earlier, err := a.journal.Admit(ctx, *r)
-		if err != nil && !r.Warm && !pressed {
+		switch {
+		case err != nil:
+			return err
+		case earlier:
+			return sandbox.Conflictf("the idempotency key was used for sandbox %s before", got.ID)
+		}
+		in = newInstance(&got)
+		in.op <- struct{}{}
+		a.mu.Lock()
+		a.all[in.id] = in
+		a.mu.Unlock()
+		return nil
+	}
+	if r.Warm {
+		err := try()
+		return in, err
+	}
+	err := a.withRoom(ctx, r.Resources, try)
+	return in, err
+}
+
+// withRoom tries what needs room; while there is none, warm sandboxes give way one by one.
+func (a *Agent) withRoom(ctx context.Context, ask sandbox.Resources, try func() error) error {
+	for pressed := false; ; {
+		err := try()
+		if !errors.Is(err, sandbox.ErrExhausted) {
+			return err
+		}
+		if !pressed {
 			pressed = true
 			a.short.Add(1)
 			defer a.short.Add(-1)
 		}
-		switch {
-		case err == nil && earlier:
-			return nil, sandbox.Conflictf("the idempotency key was used for sandbox %s before", got.ID)
-		case err == nil:
-			in := newInstance(&got)
-			in.op <- struct{}{}
-			a.mu.Lock()
-			a.all[in.id] = in
-			a.mu.Unlock()
-			return in, nil
-		case r.Warm || !errors.Is(err, sandbox.ErrExhausted) || !a.giveBackOne(ctx, r.Resources):
-			return nil, err
+		if !a.giveBackOne(ctx, ask) {
+			return err
 		}
 	}
 }

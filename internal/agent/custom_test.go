@@ -33,7 +33,7 @@ func TestCustomSizes(t *testing.T) {
 func TestCustomSizesAreRemembered(t *testing.T) {
 	now := time.Now()
 	for after, want := range map[time.Duration]int{0: 0, time.Second: 0, time.Hour / 2: 1} {
-		pools := []PoolState{{Key: poolKey{"d", small()}, Custom: true, Use: usage{last: now, weight: 1}}}
+		pools := []PoolState{{Key: poolKey{digest: "d", size: small()}, Custom: true, Use: usage{last: now, weight: 1}}}
 		actions, _ := Plan(&State{WarmMin: 4, WarmMax: 16, WarmKeep: time.Hour, Pools: pools}, now.Add(after))
 		if len(actions) != want {
 			t.Errorf("%s after its use: %v; want %d actions", after, actions, want)

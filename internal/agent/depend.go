@@ -7,6 +7,7 @@ import (
 	"github.com/cloister-dev/cloister/internal/image"
 	"github.com/cloister-dev/cloister/internal/journal"
 	"github.com/cloister-dev/cloister/internal/sandbox"
+	"github.com/cloister-dev/cloister/internal/snapshot"
 )
 
 // network gives each sandbox its network. It has more methods than our interfaces usually do, because one life of one
@@ -26,6 +27,18 @@ type images interface {
 	Remove(ctx context.Context, digest string) error
 	List(ctx context.Context) ([]image.Image, error)
 	Recover(ctx context.Context) error
+}
+
+// checkpoints keeps what sandboxes were saved as.
+type checkpoints interface {
+	Begin(id string) (*snapshot.Staging, error)
+	Commit(st *snapshot.Staging, m snapshot.Manifest) (snapshot.Manifest, error)
+	Get(id string) (snapshot.Manifest, error)
+	List() []snapshot.Manifest
+	Hold(id string) (*snapshot.Held, error)
+	Remove(id string) error
+	Recover(ctx context.Context) error
+	Bytes() int64
 }
 
 func fromAttachment(a *guestnet.Attachment) journal.Network {

@@ -51,7 +51,8 @@ func (c *otherConn) Close() error {
 func (c *otherConn) abort() { _ = c.Conn.Close() }
 
 // DialGuest connects to a port of a running sandbox, also if its server listens on the sandbox's loopback alone. The connection is closed when the sandbox ends, at once and whatever
-// is under way. Errors: ErrNotFound for a sandbox that is not here or not running, whose text says why; ErrUnavailable
+// is under way. Errors: ErrNotFound for a sandbox that is not here or has ended, whose text says why; ErrConflict for
+// one that is paused, or on its way to or from there; ErrUnavailable
 // when the sandbox does not accept, which wraps the dialer's error (such as ECONNREFUSED).
 func (a *Agent) DialGuest(ctx context.Context, id sandbox.ID, port uint16) (net.Conn, error) {
 	in, ok := a.get(id)
@@ -86,6 +87,8 @@ func (in *instance) refusal() error {
 	switch r := &in.rec; {
 	case r.State == sandbox.StateCreating:
 		return sandbox.NotFoundf("sandbox %s is not running yet", in.id)
+	case r.State == sandbox.StatePausing, r.State == sandbox.StatePaused, r.State == sandbox.StateResuming:
+		return in.unfit(r)
 	case in.exit != nil && !r.State.Ended():
 		return sandbox.NotFoundf("sandbox %s has ended: %s", in.id, exitReason(in.exit, r.Resources))
 	case r.State != sandbox.StateRunning || in.closed:

@@ -3,6 +3,7 @@ package agent
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -191,8 +192,8 @@ func pause(ctx context.Context, d time.Duration) bool {
 type initBody struct {
 	AccessToken    string            `json:"accessToken,omitempty"`
 	EnvVars        map[string]string `json:"envVars,omitempty"`
-	DefaultUser    string            `json:"defaultUser"`
-	DefaultWorkdir string            `json:"defaultWorkdir"`
+	DefaultUser    string            `json:"defaultUser,omitempty"`
+	DefaultWorkdir string            `json:"defaultWorkdir,omitempty"`
 	Timestamp      time.Time         `json:"timestamp"`
 	Hostname       string            `json:"hostname"`
 	Resolvers      []netip.Addr      `json:"resolvers,omitempty"`
@@ -200,19 +201,43 @@ type initBody struct {
 	TemplateID     string            `json:"templateId"`
 }
 
-// initGuest tells the agent inside whose sandbox it is in. A kept connection that has gone stale is replaced once.
-func (a *Agent) initGuest(ctx context.Context, in *instance, g *guestConn, o *order) error {
-	defer func() { g.close() }()
-	b := initBody{
-		EnvVars: o.env, DefaultUser: "user", DefaultWorkdir: "/home/user", Timestamp: now(), Hostname: string(in.id),
-		Resolvers: a.cfg.Resolvers, SandboxID: string(in.id), TemplateID: string(o.template),
-	}
-	if o.secure {
-		token, err := a.token(in.id)
-		if err != nil {
-			return err
+// settingsFor returns what the agent inside is told, and the token that it demands for that.
+func (a *Agent) settingsFor(r *journal.Record) (b initBody, known string, err error) {
+	b = initBody{Timestamp: now(), Hostname: string(r.ID), Resolvers: a.cfg.Resolvers, SandboxID: string(r.ID), TemplateID: string(r.TemplateID)}
+	if r.State != sandbox.StateResuming || r.PausedKind != sandbox.CheckpointMemory { // else it knows them
+		b.EnvVars, b.DefaultUser, b.DefaultWorkdir = r.Guest.Env, cmp.Or(r.Guest.User, "user"), r.Guest.WorkDir
+		if b.DefaultWorkdir == "" {
+			b.DefaultWorkdir = homeOf(b.DefaultUser)
 		}
-		b.AccessToken = token
+	}
+	if r.Secure {
+		if b.AccessToken, err = a.token(r.ID); err != nil {
+			return b, "", err
+		}
+	}
+	known = b.AccessToken
+	if r.TokenOf != "" {
+		known, err = a.token(r.TokenOf)
+	}
+	return b, known, err
+}
+
+// homeOf returns where a user's home usually is.
+func homeOf(user string) string {
+	if user == "root" {
+		return "/root"
+	}
+	return "/home/" + user
+}
+
+// initGuest tells the agent inside whose sandbox it is in, as the record says. A kept connection that has gone stale is
+// replaced once.
+func (a *Agent) initGuest(ctx context.Context, in *instance, g *guestConn) error {
+	defer func() { g.close() }()
+	r := in.record()
+	b, known, err := a.settingsFor(&r)
+	if err != nil {
+		return err
 	}
 	body, err := json.Marshal(b) //nolint:gosec // the token is for the agent inside
 	if err != nil {
@@ -225,7 +250,7 @@ func (a *Agent) initGuest(ctx context.Context, in *instance, g *guestConn, o *or
 			}
 		}
 		stale := g.used
-		err = postInit(ctx, g, b.AccessToken, body)
+		err = postInit(ctx, g, known, body)
 		if err == nil || !stale || ctx.Err() != nil || errors.Is(err, sandbox.ErrUnavailable) {
 			break
 		}

@@ -20,8 +20,11 @@ type instance struct {
 	mu      sync.Mutex
 	rec     journal.Record // as last written to the journal
 	conns   map[tracked]struct{}
-	closed  bool              // no new connections: the sandbox ends or has ended
-	exit    *engine.Exit      // set when the guest has ended by itself
+	closed  bool         // no new connections: the sandbox ends or has ended
+	exit    *engine.Exit // set when the guest has ended by itself
+	life    int          // numbers the guests that the sandbox has had; who watches an earlier one is ignored
+	left    bool         // it is paused, and its guest or network may not be gone yet
+	resume  attempt
 	cancel  func(cause error) // ends the start under way
 	guest   *guestConn        // a connection that is kept for the claim of a warm sandbox
 	samples samples
@@ -99,13 +102,35 @@ func (in *instance) interrupt(cause error) {
 	}
 }
 
-// ended notes that the guest is gone, closes every connection to it and ends the start under way.
-func (in *instance) ended(x engine.Exit, reason string) {
+// ended notes that the guest of a life is gone, closes every connection to it and ends the start under way. It reports
+// false when the sandbox has nothing to do with that guest any more.
+func (in *instance) ended(life int, x engine.Exit, reason string) bool {
 	in.mu.Lock()
+	if in.life != life {
+		in.mu.Unlock()
+		return false
+	}
 	in.exit = &x
 	in.mu.Unlock()
 	in.closeConns()
 	in.interrupt(sandbox.Unavailablef("sandbox %s ended: %s", in.id, reason))
+	return true
+}
+
+// renew begins another life: what becomes of the guest so far is nobody's concern, and connections are allowed again as
+// soon as the state is running.
+func (in *instance) renew() {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	in.life++
+	in.exit, in.closed = nil, false
+}
+
+// lives returns the number of the present life.
+func (in *instance) lives() int {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	return in.life
 }
 
 // alive reports whether the guest is not known to have ended.

@@ -16,6 +16,7 @@ type metrics struct {
 	creates    *prometheus.CounterVec
 	seconds    *prometheus.HistogramVec
 	builds     *prometheus.HistogramVec
+	saves      *prometheus.HistogramVec
 	reconciled prometheus.Gauge
 	reported   prometheus.Gauge
 	sampled    prometheus.Gauge
@@ -40,12 +41,16 @@ func newMetrics(a *Agent, reg prometheus.Registerer) (*metrics, error) {
 			Name: "cloister_node_build_seconds", Help: "How long builds took.",
 			Buckets: []float64{1, 3, 10, 30, 60, 120, 300, 600, 1800},
 		}, []string{"result"}),
+		saves: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "cloister_node_checkpoint_seconds", Help: "How long pauses, resumes, snapshots and rollbacks took.",
+			Buckets: []float64{.01, .02, .04, .06, .08, .12, .16, .32, .64, 1.28, 2.5, 5, 10, 30, 60, 300},
+		}, []string{"op", "result"}),
 		reconciled: success("reconcile"), reported: success("report"), sampled: success("sample"),
 	}
 	if reg == nil {
 		return m, nil
 	}
-	for _, c := range []prometheus.Collector{m.creates, m.seconds, m.builds, m.reconciled, m.reported, m.sampled, &collector{a}} {
+	for _, c := range []prometheus.Collector{m.creates, m.seconds, m.builds, m.saves, m.reconciled, m.reported, m.sampled, &collector{a}} {
 		if err := reg.Register(c); err != nil {
 			return nil, fmt.Errorf("register metrics: %w", err)
 		}
@@ -64,6 +69,11 @@ func (m *metrics) created(path string, err error, began time.Time) {
 	}
 }
 
+// saved counts an operation with a checkpoint: pause, resume, snapshot or rollback.
+func (m *metrics) saved(op string, err error, began time.Time) {
+	m.saves.WithLabelValues(op, resultOf(err)).Observe(time.Since(began).Seconds())
+}
+
 func (m *metrics) built(err error, began time.Time) {
 	m.builds.WithLabelValues(resultOf(err)).Observe(time.Since(began).Seconds())
 }
@@ -79,6 +89,8 @@ func resultOf(err error) string {
 		return "invalid"
 	case errors.Is(err, sandbox.ErrUnavailable):
 		return "unavailable"
+	case errors.Is(err, sandbox.ErrUnsupported):
+		return "unsupported"
 	case errors.Is(err, context.Canceled):
 		return "canceled"
 	case errors.Is(err, context.DeadlineExceeded):
@@ -98,12 +110,14 @@ var (
 	descQueueAge  = prometheus.NewDesc("cloister_node_create_queue_age_seconds", "How long the first of them has waited.", nil, nil)
 	descAllocated = prometheus.NewDesc("cloister_node_allocated", "What sandboxes hold, the warm ones included.", []string{"resource"}, nil)
 	descCapacity  = prometheus.NewDesc("cloister_node_capacity", "What sandboxes may hold.", []string{"resource"}, nil)
+	descSaves     = prometheus.NewDesc("cloister_node_checkpoints", "Checkpoints of the node by what they are for.", []string{"use"}, nil)
+	descSaveBytes = prometheus.NewDesc("cloister_node_checkpoint_bytes", "What all checkpoints occupy on the disk.", nil, nil)
 	descOutbox    = prometheus.NewDesc("cloister_node_unreported_changes", "Changes that the server has not acknowledged.", nil, nil)
 )
 
 // Describe implements prometheus.Collector.
 func (c *collector) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{descSandboxes, descWarm, descQueue, descQueueAge, descAllocated, descCapacity, descOutbox} {
+	for _, d := range []*prometheus.Desc{descSandboxes, descWarm, descQueue, descQueueAge, descAllocated, descCapacity, descSaves, descSaveBytes, descOutbox} {
 		ch <- d
 	}
 }
@@ -136,6 +150,15 @@ func (c *collector) Collect(ch chan<- prometheus.Metric) {
 	}
 	resources(descAllocated, l.Allocated.Resources)
 	resources(descCapacity, l.Capacity)
+	pauses, all := 0, c.a.saves.List()
+	for i := range all {
+		if all[i].Pause {
+			pauses++
+		}
+	}
+	send(descSaves, float64(pauses), "pause")
+	send(descSaves, float64(len(all)-pauses), "start")
+	send(descSaveBytes, float64(c.a.saves.Bytes()))
 	send(descOutbox, float64(l.Sequence-l.Acknowledged))
 }
 

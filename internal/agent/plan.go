@@ -38,6 +38,16 @@ type State struct {
 	WarmMin, WarmMax   int
 	WarmKeep, WarmIdle time.Duration
 	Retention          time.Duration
+	// Garbage are the images that no template needs.
+	Garbage []GarbageState
+}
+
+// GarbageState is one image that no template needs.
+type GarbageState struct {
+	Digest string
+	// Used means that a sandbox or checkpoint needs it, or that somebody deletes it.
+	Used    bool
+	RetryAt time.Time
 }
 
 // SandboxState is one sandbox in a State.
@@ -45,9 +55,15 @@ type SandboxState struct {
 	ID    sandbox.ID
 	State sandbox.State
 	// Busy means that somebody works on it; it is left alone until that is done.
-	Busy    bool
-	Warm    bool
-	Ready   bool
+	Busy  bool
+	Warm  bool
+	Ready bool
+	// Build means that a build uses it, which ends it.
+	Build bool
+	// AutoPause means that it is paused when its time is up.
+	AutoPause bool
+	// Left means that it is paused and something of its guest may be left.
+	Left    bool
 	EndAt   time.Time
 	EndedAt time.Time
 	RetryAt time.Time
@@ -74,6 +90,8 @@ type Action struct {
 	Kind ActionKind
 	ID   sandbox.ID // for all but ActionFill and ActionClosePool
 	Pool poolKey    // for ActionFill and ActionClosePool
+	// Image is for ActionFreeImage.
+	Image string
 }
 
 // ActionKind is what an Action does.
@@ -83,6 +101,8 @@ type ActionKind string
 const (
 	// ActionExpire ends a sandbox whose time is up.
 	ActionExpire ActionKind = "expire"
+	// ActionPause pauses a sandbox whose time is up.
+	ActionPause ActionKind = "pause"
 	// ActionRetry tries again to end or clear away a sandbox.
 	ActionRetry ActionKind = "retry"
 	// ActionForget deletes the record of an ended sandbox.
@@ -93,6 +113,8 @@ const (
 	ActionGiveBack ActionKind = "give_back"
 	// ActionClosePool forgets a pool that is empty and not used.
 	ActionClosePool ActionKind = "close_pool"
+	// ActionFreeImage deletes an image that nothing needs.
+	ActionFreeImage ActionKind = "free_image"
 )
 
 // Plan says what is to be done now, and when to ask again if nothing happens before; zero means never.
@@ -102,6 +124,11 @@ func Plan(s *State, now time.Time) (actions []Action, next time.Time) {
 		p.sandbox(&s.Sandboxes[i])
 	}
 	p.pools()
+	for i := range s.Garbage {
+		if g := &s.Garbage[i]; !g.Used && p.due(g.RetryAt) {
+			p.actions = append(p.actions, Action{Kind: ActionFreeImage, Image: g.Digest})
+		}
+	}
 	return p.actions, p.next
 }
 
@@ -134,15 +161,19 @@ func (p *planner) sandbox(b *SandboxState) {
 		if b.Sequence <= p.state.Acknowledged && p.due(b.EndedAt.Add(p.state.Retention)) {
 			p.do(ActionForget, b.ID)
 		}
-	case b.State == sandbox.StateCreating && b.Warm && b.Ready:
-	case b.State == sandbox.StateStopping, b.State == sandbox.StateCreating:
+	case b.State == sandbox.StateCreating && (b.Build || b.Warm && b.Ready):
+	case b.State == sandbox.StatePaused && !b.Left:
+	case b.State != sandbox.StateRunning: // somebody was to make it something else
 		if p.due(b.RetryAt) {
 			p.do(ActionRetry, b.ID)
 		}
-	case b.State == sandbox.StateRunning && !b.EndAt.IsZero():
-		if p.due(b.EndAt) {
-			p.do(ActionExpire, b.ID)
+	case b.EndAt.IsZero():
+	case b.AutoPause:
+		if p.due(b.EndAt) && p.due(b.RetryAt) {
+			p.do(ActionPause, b.ID)
 		}
+	case p.due(b.EndAt):
+		p.do(ActionExpire, b.ID)
 	}
 }
 

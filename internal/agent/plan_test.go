@@ -59,7 +59,7 @@ func TestPlanOfPools(t *testing.T) {
 	base := func() *State {
 		return &State{
 			Room: times(small(), 100), MaxFilling: 10, WarmMin: 2, WarmMax: 8, WarmKeep: time.Hour, WarmIdle: time.Minute,
-			Pools: []PoolState{{Key: poolKey{"d", small()}, Use: usage{last: now.Add(-time.Second), weight: 4}}},
+			Pools: []PoolState{{Key: poolKey{digest: "d", size: small()}, Use: usage{last: now.Add(-time.Second), weight: 4}}},
 		}
 	}
 	ready := func(n int) (ids []sandbox.ID) {
@@ -141,7 +141,7 @@ func newHistory(seed uint64) *history {
 		WarmKeep: time.Hour, WarmIdle: time.Minute, Retention: 10 * time.Minute,
 	}
 	for i := range 2 {
-		h.s.Pools = append(h.s.Pools, PoolState{Custom: i%2 == 1, Key: poolKey{fmt.Sprint("d", i), small()}, Use: usage{last: h.now}})
+		h.s.Pools = append(h.s.Pools, PoolState{Custom: i%2 == 1, Key: poolKey{digest: fmt.Sprint("d", i), size: small()}, Use: usage{last: h.now}})
 	}
 	return h
 }
@@ -263,7 +263,7 @@ func (h *history) carryOut(a Action) string {
 
 func BenchmarkPlan(b *testing.B) {
 	now := time.Now()
-	s := &State{Retention: time.Minute, Pools: []PoolState{{Key: poolKey{"d", small()}, Use: usage{last: now}}}}
+	s := &State{Retention: time.Minute, Pools: []PoolState{{Key: poolKey{digest: "d", size: small()}, Use: usage{last: now}}}}
 	for i := range 1000 {
 		s.Sandboxes = append(s.Sandboxes, SandboxState{ID: sandbox.ID(strconv.Itoa(i)), State: sandbox.StateRunning, EndAt: now.Add(time.Hour)})
 	}

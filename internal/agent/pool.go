@@ -15,14 +15,21 @@ import (
 type poolKey struct {
 	digest string
 	size   sandbox.Resources
+	// checkpoint is what it goes on from; empty for one that is started from its image.
+	checkpoint string
 }
+
+// keyOf returns what a sandbox was made from.
+func keyOf(r *journal.Record) poolKey { return poolKey{r.ImageDigest, r.Resources, r.Source} }
 
 // pool is the warm sandboxes of one key. Agent.mu guards it.
 type pool struct {
 	template sandbox.TemplateID // that asked for it last
+	name     string             // by which it was asked for
 	ready    []*instance        // oldest first
 	filling  int
-	custom   bool // the size is not the template's
+	custom   bool // it gets no more than what is asked for again and again: the size, or the checkpoint, is somebody's own
+	stale    bool // nobody will ask for it: the template is gone or has changed
 	use      usage
 	retryAt  time.Time // no filling before
 	tries    int
@@ -47,9 +54,23 @@ func (a *Agent) demand(o *order) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	p := a.poolFor(o.pool)
-	p.template, p.custom = o.template, o.custom
+	p.template, p.name, p.stale = o.template, o.name, false
+	p.custom = o.custom || o.from.SandboxID != ""
 	p.use = p.use.add(now())
-	a.templates[o.template] = o.pool.digest
+	for k, other := range a.pools {
+		moved := k.digest != o.pool.digest || k.checkpoint != o.pool.checkpoint
+		other.stale = other.stale || moved && other.template == o.template && other.name == o.name
+	}
+}
+
+// outdate marks pools of which nobody will ask for a sandbox any more.
+func (a *Agent) outdate(which func(k poolKey, p *pool) bool) {
+	a.mu.Lock()
+	for k, p := range a.pools {
+		p.stale = p.stale || which(k, p)
+	}
+	a.mu.Unlock()
+	a.poke()
 }
 
 // takeWarm takes a warm sandbox out of its pool, with op held; nil when there is none.
@@ -81,7 +102,7 @@ func (a *Agent) forgetWarm(in *instance) {
 	r := in.record()
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if p := a.pools[poolKey{r.ImageDigest, r.Resources}]; p != nil {
+	if p := a.pools[keyOf(&r)]; p != nil {
 		p.ready = slices.DeleteFunc(p.ready, func(o *instance) bool { return o == in })
 	}
 }
@@ -140,9 +161,11 @@ func (a *Agent) leastWanted() *instance {
 // fillOne makes one warm sandbox. The caller has counted it in the pool's filling.
 func (a *Agent) fillOne(ctx context.Context, k poolKey) {
 	in, err := a.makeWarm(ctx, k)
+	vain := err != nil && !a.startable(k)
 	a.mu.Lock()
 	p := a.poolFor(k)
 	p.filling--
+	p.stale = p.stale || vain
 	switch {
 	case err == nil:
 		p.tries = 0
@@ -162,8 +185,8 @@ func (a *Agent) fillOne(ctx context.Context, k poolKey) {
 		return
 	}
 	a.poke()
-	if ctx.Err() != nil || errors.Is(err, sandbox.ErrExhausted) {
-		return // the node shuts down, or others need the room
+	if vain || ctx.Err() != nil || errors.Is(err, sandbox.ErrExhausted) {
+		return // the template is gone, the node shuts down, or others need the room
 	}
 	a.log.WarnContext(ctx, "warm sandbox not made", slog.String("image", k.digest), slog.Any("err", err))
 }
@@ -172,7 +195,11 @@ func (a *Agent) fillOne(ctx context.Context, k poolKey) {
 func (a *Agent) makeWarm(ctx context.Context, k poolKey) (*instance, error) {
 	ctx, cancel := context.WithTimeout(ctx, a.cfg.CreateTimeout)
 	defer cancel()
-	r := a.newRecord(k)
+	from, err := a.sourceOf(k)
+	if err != nil {
+		return nil, err
+	}
+	r := a.newRecord(k, &from)
 	r.Warm = true
 	in, err := a.admit(ctx, &r)
 	if err != nil {
@@ -183,6 +210,15 @@ func (a *Agent) makeWarm(ctx context.Context, k poolKey) (*instance, error) {
 		return nil, err
 	}
 	return in, nil
+}
+
+// startable reports whether there is what a pool's sandboxes are made from.
+func (a *Agent) startable(k poolKey) bool {
+	if _, err := a.images.Path(k.digest); isNotFound(err) {
+		return false
+	}
+	_, err := a.sourceOf(k)
+	return !isNotFound(err)
 }
 
 func (a *Agent) warmUp(ctx context.Context, in *instance) error {

@@ -28,6 +28,9 @@ func (a *Agent) Recover(ctx context.Context) error {
 	if err := a.recoverImages(ctx); err != nil {
 		return err
 	}
+	if err := a.saves.Recover(ctx); err != nil {
+		return fmt.Errorf("recover checkpoints: %w", err)
+	}
 	recs, err := a.journal.Records(ctx)
 	if err != nil {
 		return fmt.Errorf("recover sandboxes: %w", err)
@@ -63,6 +66,24 @@ func (a *Agent) Recover(ctx context.Context) error {
 	if err := a.network.Sweep(ctx); err != nil {
 		return fmt.Errorf("recover networks: %w", err)
 	}
+	return a.sweepCheckpoints(ctx)
+}
+
+// sweepCheckpoints deletes those that sandboxes were to be paused in and are not. All others belong to the server.
+func (a *Agent) sweepCheckpoints(ctx context.Context) error {
+	needed := map[string]bool{}
+	for _, in := range a.instances() {
+		needed[in.record().Checkpoint] = true
+	}
+	for _, m := range a.saves.List() {
+		if !m.Pause || needed[m.ID] {
+			continue
+		}
+		a.log.InfoContext(ctx, "checkpoint that no sandbox needs deleted", slog.String("checkpoint_id", m.ID))
+		if err := a.saves.Remove(m.ID); err != nil {
+			return fmt.Errorf("recover checkpoints: %w", err)
+		}
+	}
 	return nil
 }
 
@@ -83,7 +104,6 @@ func (a *Agent) recoverImages(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("recover images: %w", err)
 	}
-	built := map[sandbox.TemplateID]time.Time{}
 	for _, im := range ims {
 		if !present[im.Digest] {
 			a.log.WarnContext(ctx, "image is gone", slog.String("image", im.Digest), slog.String("template_id", string(im.TemplateID)))
@@ -92,9 +112,8 @@ func (a *Agent) recoverImages(ctx context.Context) error {
 			}
 			continue
 		}
-		if im.BuiltAt.After(built[im.TemplateID]) {
-			built[im.TemplateID] = im.BuiltAt
-			a.templates[im.TemplateID] = im.Digest
+		if im.Removed {
+			a.garbage[im.Digest] = &garbage{}
 		}
 	}
 	return nil
@@ -103,6 +122,7 @@ func (a *Agent) recoverImages(ctx context.Context) error {
 // remember makes the instance of a record, and what is in memory only because of it.
 func (a *Agent) remember(r *journal.Record) *instance {
 	in := newInstance(r)
+	pooled := a.cfg.WarmMax > 0 && r.BuildID == "" && a.startable(keyOf(r))
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.all[in.id] = in
@@ -111,8 +131,8 @@ func (a *Agent) remember(r *journal.Record) *instance {
 		close(done)
 		a.byKey[r.IdempotencyKey] = &flight{done: done, in: in}
 	}
-	if a.cfg.WarmMax > 0 {
-		key := poolKey{r.ImageDigest, r.Resources}
+	if pooled {
+		key := keyOf(r)
 		_, known := a.pools[key]
 		p := a.poolFor(key)
 		// Whether a size is the template's is not recorded. One that has warm sandboxes is worth them; of any other the
@@ -146,6 +166,10 @@ func (a *Agent) recoverOne(ctx context.Context, in *instance, running bool) erro
 		err = a.clear(ctx, in)
 	case r.State == sandbox.StateStopping:
 		err = a.end(ctx, in, r.Ending)
+	case r.State == sandbox.StatePaused, r.State == sandbox.StateResuming, r.State == sandbox.StatePausing && !running:
+		err = a.recoverPaused(ctx, in)
+	case r.State == sandbox.StatePausing:
+		err = a.recoverPausing(ctx, in)
 	case !running:
 		err = a.lose(ctx, in, "the sandbox's process ended while nobody watched it: its node was restarted or stopped")
 	default:
@@ -156,6 +180,41 @@ func (a *Agent) recoverOne(ctx context.Context, in *instance, running bool) erro
 		return nil
 	}
 	return err
+}
+
+// recoverPaused takes back a sandbox that is paused, or whose guest does not count yet or does not exist any more. Without
+// the checkpoint it is lost.
+func (a *Agent) recoverPaused(ctx context.Context, in *instance) error {
+	r := in.record()
+	m, err := a.saves.Get(r.Checkpoint)
+	if err != nil && r.State == sandbox.StatePausing {
+		return a.lose(ctx, in, "the sandbox's process ended while it was paused and nobody watched it")
+	}
+	if err != nil {
+		return a.lose(ctx, in, fmt.Sprintf("what the sandbox was paused in is gone or damaged: %v", err))
+	}
+	if err := a.leave(ctx, in); err != nil {
+		return err
+	}
+	switch {
+	case r.State == sandbox.StatePausing:
+		return a.putPaused(ctx, in, &m, "sandbox paused before a restart of the node")
+	case r.State == sandbox.StateResuming && !r.Rewinding:
+		return a.putBack(ctx, in, sandbox.Unavailablef("the node was restarted"))
+	}
+	return nil // a rollback goes on as soon as the reconcile loop runs
+}
+
+// recoverPausing lets a guest go on whose pause was not completed.
+func (a *Agent) recoverPausing(ctx context.Context, in *instance) error {
+	r := in.record()
+	if err := a.dropOwn(&r); err != nil {
+		return err
+	}
+	if err := a.engine.Thaw(ctx, in.id); err != nil {
+		return fmt.Errorf("let sandbox %s go on: %w", in.id, err)
+	}
+	return a.adopt(ctx, in)
 }
 
 // lose ends a sandbox as lost.
@@ -181,6 +240,7 @@ func (a *Agent) adopt(ctx context.Context, in *instance) error {
 	if !a.watch(in) {
 		return sandbox.Unavailablef("node %s is shutting down", a.node)
 	}
+	r.State, r.Checkpoint, r.Deadline = sandbox.StateRunning, "", time.Time{}
 	r.Generation++
 	r.Append(line)
 	return a.put(ctx, in, r, journal.Change{Type: "adopted", Time: line.Time, Sandbox: r.Sandbox})
@@ -205,7 +265,7 @@ func (a *Agent) adoptWarm(ctx context.Context, in *instance) error {
 	in.keepGuest(g)
 	r := in.record()
 	a.mu.Lock()
-	p := a.poolFor(poolKey{r.ImageDigest, r.Resources})
+	p := a.poolFor(keyOf(&r))
 	p.ready = append(p.ready, in)
 	a.mu.Unlock()
 	if !in.alive() {

@@ -16,6 +16,7 @@ import (
 	"github.com/cloister-dev/cloister/internal/guestnet"
 	"github.com/cloister-dev/cloister/internal/journal"
 	"github.com/cloister-dev/cloister/internal/sandbox"
+	"github.com/cloister-dev/cloister/internal/snapshot"
 )
 
 func TestRestart(t *testing.T) {
@@ -127,7 +128,7 @@ func TestAnyMoment(t *testing.T) {
 		}
 		record := func(warm, ready bool) journal.Record {
 			t.Helper()
-			r := n.newRecord(poolKey{digestOf("one"), small()})
+			r := n.newRecord(poolKey{digest: digestOf("one"), size: small()}, &snapshot.Manifest{})
 			r.Warm, r.Ready = warm, ready
 			if _, _, err := n.jour.Admit(ctx, r); err != nil {
 				t.Fatal(err)

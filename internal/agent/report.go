@@ -108,6 +108,11 @@ func (a *Agent) register(ctx context.Context) (*registration, error) {
 	for _, im := range ims {
 		req.ImageDigests = append(req.ImageDigests, im.Digest)
 	}
+	for _, m := range a.saves.List() {
+		if !m.Pause {
+			req.CheckpointIds = append(req.CheckpointIds, m.ID)
+		}
+	}
 	ctx, cancel := context.WithTimeout(ctx, serverTimeout)
 	defer cancel()
 	resp, err := a.server.Register(ctx, req)

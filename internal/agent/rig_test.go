@@ -25,11 +25,13 @@ import (
 	"go.uber.org/goleak"
 	"google.golang.org/protobuf/types/known/durationpb"
 
+	"github.com/cloister-dev/cloister/internal/engine"
 	"github.com/cloister-dev/cloister/internal/engine/fake"
 	agentv1 "github.com/cloister-dev/cloister/internal/gen/agent/v1"
 	"github.com/cloister-dev/cloister/internal/image"
 	"github.com/cloister-dev/cloister/internal/journal"
 	"github.com/cloister-dev/cloister/internal/sandbox"
+	"github.com/cloister-dev/cloister/internal/snapshot"
 )
 
 const (
@@ -67,6 +69,9 @@ type machine struct {
 	// loopback, if set, has the connections on which ports of a guest's loopback are asked for.
 	loopback func(c net.Conn, r *http.Request)
 	dials    int
+	// engine and saves may put something in front of the engine and the checkpoints.
+	engine func(engine.Engine) engine.Engine
+	saves  func(checkpoints) checkpoints
 }
 
 func newMachine(tb testing.TB) *machine {
@@ -75,6 +80,7 @@ func newMachine(tb testing.TB) *machine {
 		t: tb, dir: tb.TempDir(), host: fake.NewHost(), net: newFakeNet(), images: &fakeImages{have: map[string]image.Image{}},
 		server: &fakeServer{secret: []byte("0123456789abcdef0123456789abcdef")}, inits: map[sandbox.ID]initBody{},
 		opt: journal.Options{Capacity: times(small(), 100)},
+		engine: func(e engine.Engine) engine.Engine { return e }, saves: func(c checkpoints) checkpoints { return c },
 		cfg: Config{ScratchDir: "/scratch", Name: "one", WarmMax: -1, MemoryPressure: func() bool { return false }},
 	}
 	m.images.add("one")
@@ -110,9 +116,13 @@ func (m *machine) load() *node {
 		m.t.Fatal(err)
 	}
 	m.net.restart()
+	store, err := snapshot.New(filepath.Join(m.dir, "snapshots"), nil)
+	if err != nil {
+		m.t.Fatal(err)
+	}
 	a, err := New(m.cfg, Deps{
-		Journal: j, Engine: fake.New(m.host), Network: m.net, Images: m.images, Server: m.server, Dial: m.dial,
-		Registerer: prometheus.NewRegistry(),
+		Journal: j, Engine: m.engine(fake.New(m.host)), Network: m.net, Images: m.images, Snapshots: m.saves(store), Server: m.server,
+		Dial: m.dial, Registerer: prometheus.NewRegistry(),
 	})
 	if err != nil {
 		m.t.Fatal(err)

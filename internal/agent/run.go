@@ -55,6 +55,7 @@ func (a *Agent) observe(at time.Time) *State {
 	if a.hasPools() {
 		s.Pressure = a.pressure.now(at, c.MemoryPressure)
 	}
+	s.Garbage = a.observeGarbage()
 	all := a.instances()
 	s.Sandboxes = make([]SandboxState, 0, len(all))
 	for _, in := range all {
@@ -63,8 +64,7 @@ func (a *Agent) observe(at time.Time) *State {
 	a.mu.RLock()
 	defer a.mu.RUnlock()
 	for k, p := range a.pools {
-		current, known := a.templates[p.template]
-		ps := PoolState{Key: k, Filling: p.filling, Use: p.use, Custom: p.custom, Stale: known && current != k.digest, RetryAt: p.retryAt}
+		ps := PoolState{Key: k, Filling: p.filling, Use: p.use, Custom: p.custom, Stale: p.stale, RetryAt: p.retryAt}
 		for _, in := range p.ready {
 			ps.Ready = append(ps.Ready, in.id)
 		}
@@ -79,7 +79,8 @@ func (in *instance) observe() SandboxState {
 	defer in.mu.Unlock()
 	r := &in.rec
 	return SandboxState{
-		ID: in.id, State: r.State, Busy: len(in.op) > 0, Warm: r.Warm, Ready: r.Ready,
+		ID: in.id, State: r.State, Busy: len(in.op) > 0, Warm: r.Warm, Ready: r.Ready, Build: r.BuildID != "",
+		AutoPause: r.AutoPause, Left: in.left,
 		EndAt: r.EndAt, EndedAt: r.EndedAt, RetryAt: in.retryAt, Sequence: r.Last.Sequence,
 	}
 }
@@ -97,7 +98,9 @@ func (a *Agent) carryOut(ctx context.Context, act Action, workers chan struct{})
 		return true
 	case ActionFill:
 		return a.background(workers, func(ctx context.Context) { a.fillOne(ctx, act.Pool) }, func() { a.filling(act.Pool) })
-	case ActionExpire, ActionRetry, ActionGiveBack:
+	case ActionFreeImage:
+		return a.background(workers, func(ctx context.Context) { a.freeImage(ctx, act.Image) }, nil)
+	case ActionExpire, ActionPause, ActionRetry, ActionGiveBack:
 	}
 	in, ok := a.get(act.ID)
 	if !ok || !in.tryLock() {
@@ -143,6 +146,8 @@ func (a *Agent) settle(ctx context.Context, in *instance, kind ActionKind) error
 			return nil // moved meanwhile
 		}
 		return a.end(ctx, in, journal.Ending{State: sandbox.StateDeleted, Reason: "timeout", Type: "timed_out"})
+	case kind == ActionPause:
+		return a.pauseAtEnd(ctx, in)
 	case kind == ActionGiveBack:
 		if !r.Warm {
 			return nil // claimed meanwhile
@@ -151,6 +156,12 @@ func (a *Agent) settle(ctx context.Context, in *instance, kind ActionKind) error
 		return a.clear(ctx, in)
 	case r.State == sandbox.StateStopping:
 		return a.end(ctx, in, r.Ending)
+	case r.State == sandbox.StatePausing:
+		return a.settlePausing(ctx, in)
+	case r.State == sandbox.StateResuming:
+		return a.settleResuming(ctx, in)
+	case r.State == sandbox.StatePaused:
+		return a.clearLeft(ctx, in)
 	case r.State == sandbox.StateCreating && r.Warm && r.Ready:
 		return nil // it has become usable
 	case r.State == sandbox.StateCreating:

@@ -119,7 +119,7 @@ func (a *Agent) Metrics(ctx context.Context, req *agentv1.MetricsRequest) (*agen
 	in.mu.Lock()
 	none := len(in.samples.points) == 0
 	in.mu.Unlock()
-	if none {
+	if none && r.State == sandbox.StateRunning {
 		if err := a.sampleOne(ctx, in); err != nil {
 			return nil, toWireError(err)
 		}

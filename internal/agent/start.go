@@ -18,6 +18,11 @@ import (
 // Preconditions: the caller holds in.op and a place in the gate.
 func (a *Agent) boot(ctx context.Context, in *instance) (*guestConn, error) {
 	r := in.record()
+	from, err := a.holdSource(&r)
+	if err != nil {
+		return nil, err
+	}
+	defer from.Release()
 	path, err := a.images.Path(r.ImageDigest)
 	if isNotFound(err) {
 		return nil, sandbox.Unavailablef("image of sandbox %s: %v: build the template again, or restart the node, which does that for the default one",
@@ -37,7 +42,7 @@ func (a *Agent) boot(ctx context.Context, in *instance) (*guestConn, error) {
 	err = a.engine.Start(ctx, engine.Spec{
 		ID: in.id, RootFS: path, ScratchDir: a.cfg.ScratchDir, NetNS: att.NetNS, Hostname: string(in.id),
 		Args: a.cfg.GuestArgs, Env: []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root"},
-		Limits: r.Resources,
+		Limits: r.Resources, Checkpoint: from.Dir,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("start sandbox %s: %w", in.id, err)
@@ -50,6 +55,7 @@ func (a *Agent) boot(ctx context.Context, in *instance) (*guestConn, error) {
 
 // watch waits in the background for the guest's end. It reports false when the node shuts down.
 func (a *Agent) watch(in *instance) bool {
+	life := in.lives()
 	return a.crew.run(func(ctx context.Context) {
 		for tries := 0; ; tries++ {
 			x, err := a.engine.Wait(ctx, in.id)
@@ -57,10 +63,10 @@ func (a *Agent) watch(in *instance) bool {
 			case ctx.Err() != nil:
 				return
 			case err == nil:
-				a.died(ctx, in, x)
+				a.died(ctx, in, life, x)
 				return
 			case isNotFound(err):
-				a.died(ctx, in, engine.Exit{At: now(), Code: -1, Reason: "its process is gone"})
+				a.died(ctx, in, life, engine.Exit{At: now(), Code: -1, Reason: "its process is gone"})
 				return
 			}
 			a.log.WarnContext(ctx, "sandbox not watched, trying again", slog.String("sandbox_id", string(in.id)), slog.Any("err", err))
@@ -72,16 +78,20 @@ func (a *Agent) watch(in *instance) bool {
 }
 
 // died handles the end of a guest, wanted or not.
-func (a *Agent) died(ctx context.Context, in *instance, x engine.Exit) {
+func (a *Agent) died(ctx context.Context, in *instance, life int, x engine.Exit) {
 	r := in.record()
 	reason := exitReason(&x, r.Resources)
-	in.ended(x, reason)
+	if !in.ended(life, x, reason) {
+		return
+	}
 	a.forgetWarm(in)
 	if in.lock(ctx) != nil {
 		return // the node shuts down; the next start finds the guest gone
 	}
 	defer a.release(in)
 	switch r := in.record(); {
+	case in.lives() != life:
+		// It was paused or rolled back meanwhile.
 	case r.State.Ended() || r.State == sandbox.StateStopping:
 		// Somebody ended it.
 	case r.State == sandbox.StateCreating:
@@ -151,7 +161,10 @@ func (a *Agent) end(ctx context.Context, in *instance, e journal.Ending) error {
 		return err
 	}
 	r = in.record()
-	r.State, r.Reason, r.EndedAt = e.State, e.Reason, now()
+	if err := a.dropOwn(&r); err != nil {
+		return err
+	}
+	r.State, r.Reason, r.EndedAt, r.Deadline, r.Rewinding = e.State, e.Reason, now(), time.Time{}, false
 	r.Generation++
 	level := "info"
 	if e.State != sandbox.StateDeleted {
@@ -188,6 +201,13 @@ func (a *Agent) free(ctx context.Context, in *instance) error {
 	in.closeConns()
 	in.dropGuest()
 	in.dropSamples()
+	return a.halt(ctx, in)
+}
+
+// halt takes away the guest and the network alone.
+//
+// Preconditions: the caller holds in.op.
+func (a *Agent) halt(ctx context.Context, in *instance) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), a.cfg.StopTimeout)
 	defer cancel()
 	if err := a.engine.Stop(ctx, in.id); err != nil {

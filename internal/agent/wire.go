@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"errors"
+	"maps"
 	"regexp"
 	"time"
 
@@ -14,6 +15,7 @@ import (
 	nodev1 "github.com/cloister-dev/cloister/internal/gen/node/v1"
 	"github.com/cloister-dev/cloister/internal/journal"
 	"github.com/cloister-dev/cloister/internal/sandbox"
+	"github.com/cloister-dev/cloister/internal/snapshot"
 )
 
 // What one create may carry.
@@ -116,7 +118,47 @@ func toWireSandbox(s *sandbox.Sandbox) *agentv1.Sandbox {
 		State: states[s.State], Reason: s.Reason, Generation: s.Generation, Resources: toWireResources(s.Resources),
 		Metadata: s.Metadata, StartedAt: toWireTime(s.StartedAt), EndAt: toWireTime(s.EndAt), EndedAt: toWireTime(s.EndedAt),
 		Secure: s.Secure, AllowInternet: s.AllowInternet, GuestVersion: s.GuestVersion,
+		AutoPause: s.AutoPause, AutoPauseKind: kinds[s.AutoPauseKind],
+		PausedAt: toWireTime(s.PausedAt), PausedKind: kinds[s.PausedKind], PausedBytes: s.PausedBytes,
 	}
+}
+
+// kinds pairs what a checkpoint keeps with its wire form.
+//
+//nolint:gochecknoglobals // a table, never written
+var kinds = map[sandbox.CheckpointKind]agentv1.CheckpointKind{
+	sandbox.CheckpointMemory: agentv1.CheckpointKind_CHECKPOINT_KIND_MEMORY,
+	sandbox.CheckpointFiles:  agentv1.CheckpointKind_CHECKPOINT_KIND_FILES,
+}
+
+// fromWireKind returns what a checkpoint is to keep: memory, unless files alone are asked for.
+func fromWireKind(k agentv1.CheckpointKind) sandbox.CheckpointKind {
+	if k == agentv1.CheckpointKind_CHECKPOINT_KIND_FILES {
+		return sandbox.CheckpointFiles
+	}
+	return sandbox.CheckpointMemory
+}
+
+func fromWireGuest(g *agentv1.GuestSettings) sandbox.GuestSettings {
+	return sandbox.GuestSettings{Env: g.GetEnv(), User: g.GetUser(), WorkDir: g.GetWorkdir()}
+}
+
+func toWireCheckpoint(m *snapshot.Manifest) *agentv1.Checkpoint {
+	return &agentv1.Checkpoint{
+		Id: m.ID, Kind: kinds[m.Kind], ImageDigest: m.ImageDigest, Resources: toWireResources(m.Resources), Bytes: m.Bytes,
+		CreatedAt: toWireTime(m.CreatedAt), SandboxId: string(m.SandboxID),
+		Guest: &agentv1.GuestSettings{Env: m.Guest.Env, User: m.Guest.User, Workdir: m.Guest.WorkDir},
+	}
+}
+
+// over returns the union of two environments, where the upper one wins.
+func over(lower, upper map[string]string) map[string]string {
+	if len(lower) == 0 {
+		return upper
+	}
+	both := maps.Clone(lower)
+	maps.Copy(both, upper)
+	return both
 }
 
 func toWireChange(c *journal.Change) *nodev1.Change {
@@ -140,20 +182,26 @@ type order struct {
 	name     string
 	pool     poolKey
 	metadata map[string]string
-	env      map[string]string
 	timeout  time.Duration // 0 means never
 	secure   bool
 	internet bool
 	key      string
 	custom   bool // the size is not the template's
+	guest    sandbox.GuestSettings
+	from     snapshot.Manifest // of pool.checkpoint; filled in by createOnce
+
+	autoPause     bool
+	autoPauseKind sandbox.CheckpointKind
 }
 
 func fromWireCreate(r *agentv1.CreateRequest) (*order, error) {
 	o := &order{
 		template: sandbox.TemplateID(r.GetTemplateId()), name: r.GetTemplateName(),
-		metadata: r.GetMetadata(), env: r.GetEnv(), secure: r.GetSecure(), internet: r.GetAllowInternet(), key: r.GetIdempotencyKey(), custom: r.GetCustomSize(),
-		pool: poolKey{digest: r.GetImageDigest(), size: fromWireResources(r.GetResources())},
+		metadata: r.GetMetadata(), guest: fromWireGuest(r.GetGuest()), secure: r.GetSecure(), internet: r.GetAllowInternet(), key: r.GetIdempotencyKey(), custom: r.GetCustomSize(),
+		pool:      poolKey{digest: r.GetImageDigest(), size: fromWireResources(r.GetResources()), checkpoint: r.GetCheckpointId()},
+		autoPause: r.GetAutoPause(), autoPauseKind: fromWireKind(r.GetAutoPauseKind()),
 	}
+	o.guest.Env = over(o.guest.Env, r.GetEnv())
 	if !digestForm.MatchString(o.pool.digest) {
 		return nil, sandbox.Invalidf("image digest %.80q: want sha256: and 64 hex digits; is the template built?", o.pool.digest)
 	}
@@ -164,8 +212,13 @@ func fromWireCreate(r *agentv1.CreateRequest) (*order, error) {
 	if n := sizeOf(o.metadata); n > maxMetadataBytes {
 		return nil, sandbox.Invalidf("metadata of %d bytes: want at most %d", n, maxMetadataBytes)
 	}
-	if n := sizeOf(o.env); n > maxEnvBytes {
+	if n := sizeOf(o.guest.Env); n > maxEnvBytes {
 		return nil, sandbox.Invalidf("environment of %d bytes: want at most %d", n, maxEnvBytes)
+	}
+	if o.pool.checkpoint != "" {
+		if err := snapshot.CheckID(o.pool.checkpoint); err != nil {
+			return nil, err
+		}
 	}
 	if n := len(o.key); n > maxKeyBytes {
 		return nil, sandbox.Invalidf("idempotency key of %d bytes: want at most %d", n, maxKeyBytes)

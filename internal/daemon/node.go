@@ -21,6 +21,7 @@ import (
 	"github.com/cloister-dev/cloister/internal/image"
 	"github.com/cloister-dev/cloister/internal/journal"
 	"github.com/cloister-dev/cloister/internal/sandbox"
+	"github.com/cloister-dev/cloister/internal/snapshot"
 )
 
 // nodeRole is the part that runs sandboxes.
@@ -56,9 +57,13 @@ func (d *daemon) buildNode(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	saves, err := snapshot.New(d.path("node", "snapshots"), d.log)
+	if err != nil {
+		return fmt.Errorf("open checkpoints: %w", err)
+	}
 	parts.journal, parts.uplink = jr, newUplink(d.server.control)
 	parts.agent, err = agent.New(d.agentConfig(capacity), agent.Deps{
-		Journal: jr, Engine: parts.engine, Network: parts.network, Images: images, Server: parts.uplink,
+		Journal: jr, Engine: parts.engine, Network: parts.network, Images: images, Snapshots: saves, Server: parts.uplink,
 		Registerer: d.metrics, Logger: d.log,
 	})
 	if err != nil {

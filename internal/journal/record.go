@@ -30,6 +30,8 @@ type Record struct {
 	Deadline time.Time `json:"deadline,omitzero"`
 	// Guest is what every process inside starts with, for when the sandbox boots anew.
 	Guest sandbox.GuestSettings `json:"guest,omitzero"`
+	// TokenOf is the sandbox whose access token the agent inside demands, until it is told its own; empty for none.
+	TokenOf sandbox.ID `json:"token_of,omitempty"`
 	// BuildID names the build that the sandbox is for; nobody else is ever told of such a sandbox.
 	BuildID string `json:"build_id,omitempty"`
 	// IdempotencyKey is the key of the request that made the sandbox; empty for none.
