@@ -20,9 +20,11 @@ import (
 	"time"
 
 	"connectrpc.com/connect"
+	"github.com/google/go-cmp/cmp"
 	"go.uber.org/goleak"
 
 	"github.com/cloister-dev/cloister/internal/gen/envd/filesystem/filesystemconnect"
+	"github.com/cloister-dev/cloister/internal/gen/envd/process"
 	"github.com/cloister-dev/cloister/internal/gen/envd/process/processconnect"
 )
 
@@ -411,5 +413,46 @@ func TestResolvePath(t *testing.T) {
 		if (err != nil) != (test.want == "error") || (err == nil && got != test.want) {
 			t.Errorf("%.20q in %q: %q, %v; want %q", test.path, test.workdir, got, err, test.want)
 		}
+	}
+}
+
+func TestInitOfACopy(t *testing.T) {
+	a := newAgent(t)
+	a.initialize(t, `{"accessToken":"one","sandboxId":"sbx1","templateId":"tpl","envVars":{"A":"1","B":"1"}}`)
+	ctx, info := connect.NewClientContext(t.Context())
+	info.RequestHeader().Set(tokenHeader, "one")
+	ended := a.start(ctx, t, bash("true")).wait()
+	talk := bash("read -r line; echo got $line")
+	talk.Stdin = nil
+	live := a.start(ctx, t, talk)
+	again := func(header, body string) {
+		t.Helper()
+		if status, text, _ := a.do(t, http.MethodPost, "/init", strings.NewReader(body), tokenHeader, header); status != http.StatusNoContent {
+			t.Fatalf("status %d: %s", status, text)
+		}
+	}
+	again("one", `{"envVars":{"C":"1"}}`) // a resumed one is still itself
+	if len(a.ring.since(time.Time{})) == 0 || a.procs.find(byPID(ended.pid), true) == nil {
+		t.Error("a sandbox forgets its own past")
+	}
+	again("one", `{"accessToken":"two","sandboxId":"sbx2","templateId":"other","envVars":{"B":"2"}}`)
+	got := a.settings.get()
+	want := map[string]string{"A": "1", "B": "2", "C": "1", "E2B_SANDBOX": "true", "E2B_SANDBOX_ID": "sbx2", "E2B_TEMPLATE_ID": "other"}
+	if diff := cmp.Diff(want, got.env); diff != "" || got.token != "two" {
+		t.Errorf("token %q, environment (-want +got):\n%s", got.token, diff)
+	}
+	if log := a.ring.since(time.Time{}); len(log) != 0 || a.procs.find(byPID(ended.pid), true) != nil {
+		t.Errorf("the past of another sandbox is kept: %v", log)
+	}
+	info.RequestHeader().Set(tokenHeader, "two")
+	_, err := a.proc.SendInput(ctx, &process.SendInputRequest{Process: byPID(live.pid), Input: &process.ProcessInput{
+		Input: &process.ProcessInput_Stdin{Stdin: []byte("it\n")},
+	}})
+	must(t, err)
+	for live.stream.Receive() {
+		live.add(live.stream.Msg().GetEvent())
+	}
+	if live.stdout.String() != "got it\n" {
+		t.Errorf("what ran has written %q", live.stdout.String())
 	}
 }

@@ -20,6 +20,9 @@ import (
 // clockTolerance is how far the clock may be off before it is set.
 const clockTolerance = 500 * time.Millisecond
 
+// sandboxIDVariable tells processes, and us, which sandbox this is.
+const sandboxIDVariable = "E2B_SANDBOX_ID"
+
 // hostsMark ends the lines of /etc/hosts that are ours to replace.
 const hostsMark = "# set by the agent"
 
@@ -55,13 +58,28 @@ func (s *Server) postInit(w http.ResponseWriter, r *http.Request) {
 		writeError(w, httpErrorf(http.StatusBadRequest, "%v", err))
 		return
 	}
-	if err := s.settings.update(func(next *settings) error { return req.apply(next, r.Header.Get(tokenHeader)) }); err != nil {
+	before := ""
+	err := s.settings.update(func(next *settings) error {
+		before = next.env[sandboxIDVariable]
+		return req.apply(next, r.Header.Get(tokenHeader))
+	})
+	if err != nil {
 		writeError(w, err)
 		return
+	}
+	if before != "" && req.SandboxID != "" && req.SandboxID != before {
+		s.forgetPast()
 	}
 	s.configureMachine(r, &req)
 	w.Header().Set("Cache-Control", "no-store")
 	w.WriteHeader(http.StatusNoContent)
+}
+
+// forgetPast drops what was said and what has ended in the sandbox that this one is a copy of: it is not this one's past, and
+// may be somebody else's. What runs goes on.
+func (s *Server) forgetPast() {
+	s.ring.clear()
+	s.procs.forgetEnded()
 }
 
 // validate refuses what cannot be stored in an environment or a configuration file.
@@ -104,7 +122,7 @@ func (q *initRequest) apply(next *settings, header string) error {
 	}
 	maps.Copy(next.env, q.EnvVars)
 	if q.SandboxID != "" {
-		next.env["E2B_SANDBOX_ID"] = q.SandboxID
+		next.env[sandboxIDVariable] = q.SandboxID
 	}
 	if q.TemplateID != "" {
 		next.env["E2B_TEMPLATE_ID"] = q.TemplateID

@@ -87,6 +87,13 @@ func (r *ring) append(e LogEntry) {
 	r.oldest = (r.oldest + 1) % ringSize
 }
 
+// clear forgets all entries.
+func (r *ring) clear() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.entries, r.oldest = nil, 0
+}
+
 // since returns the entries after t, oldest first.
 func (r *ring) since(t time.Time) []LogEntry {
 	r.mu.Lock()

@@ -77,6 +77,13 @@ func (t *processes) forget(now time.Time) {
 	t.ended = slices.Delete(t.ended, 0, n)
 }
 
+// forgetEnded drops every retained exit.
+func (t *processes) forgetEnded() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.ended = nil
+}
+
 // find returns a running process, or, if ended is wanted, one whose exit is retained; nil if there is none.
 func (t *processes) find(sel *process.ProcessSelector, wantEnded bool) *proc {
 	matches := func(p *proc) bool {
