@@ -37,6 +37,7 @@ type Agent struct {
 	gate     *gate
 	crew     *crew
 	builds   *builds
+	files    *buildFiles
 	pressure gauge
 	clock    *clock
 
@@ -71,7 +72,7 @@ func New(cfg Config, d Deps) (*Agent, error) {
 	a := &Agent{
 		cfg: cfg, journal: d.Journal, engine: d.Engine, network: d.Network, images: d.Images, saves: d.Snapshots, server: d.Server,
 		dial: d.Dial, log: d.Logger, node: d.Journal.NodeID(),
-		gate: newGate(cfg.MaxStarting, cfg.MaxWaiting), crew: newCrew(), builds: newBuilds(), clock: newClock(),
+		gate: newGate(cfg.MaxStarting, cfg.MaxWaiting), crew: newCrew(), builds: newBuilds(cfg.MaxBuilds), files: newBuildFiles(cfg.FilesDir), clock: newClock(),
 		wake: make(chan struct{}, 1), news: make(chan struct{}, 1),
 		all: map[sandbox.ID]*instance{}, byKey: map[string]*flight{}, pools: map[poolKey]*pool{},
 		garbage: map[string]*garbage{},

@@ -1,75 +1,73 @@
 package agent
 
 import (
-	"cmp"
 	"context"
 	"crypto/rand"
+	"errors"
 	"fmt"
-	"log/slog"
 	"slices"
 	"sync"
 	"time"
 
 	agentv1 "github.com/cloister-dev/cloister/internal/gen/agent/v1"
 	"github.com/cloister-dev/cloister/internal/image"
-	"github.com/cloister-dev/cloister/internal/journal"
+	"github.com/cloister-dev/cloister/internal/recipe"
 	"github.com/cloister-dev/cloister/internal/sandbox"
+	"github.com/cloister-dev/cloister/internal/snapshot"
 )
 
-// What is kept of builds.
+// What is kept of builds, and what one may ask for.
 const (
 	maxBuilds       = 64
 	maxBuildEntries = 5000
+	maxBuildBytes   = 4 << 20 // of log text
 	maxBuildWait    = time.Minute
 	maxSources      = 16
 	maxSourceBytes  = 4096
+	maxSteps        = 512
+	maxCommandBytes = 128 << 10
 )
 
 // builds is the builds of this process. They end with it, and can be asked for again.
 type builds struct {
-	mu         sync.Mutex
-	byID       map[string]*build
-	byTemplate map[sandbox.TemplateID]*build // those under way
-	order      []string                      // oldest first
-}
-
-func newBuilds() *builds {
-	return &builds{byID: map[string]*build{}, byTemplate: map[sandbox.TemplateID]*build{}}
-}
-
-// build is one build. Its own mutex guards all below it.
-type build struct {
-	id       string
-	template sandbox.TemplateID
+	slots chan struct{} // holds an element for each build that is being carried out
 
 	mu       sync.Mutex
-	changed  chan struct{} // closed and replaced with each change
-	state    agentv1.BuildState
-	step     string
-	progress float64
-	entries  []logEntry
-	err      string
-	image    image.Image
+	byID     map[string]*build
+	underWay map[*build]struct{}
+	order    []string // oldest first
 }
 
-// begin returns the build of a template that is under way, or a new one, which is then the caller's to carry out.
+func newBuilds(slots int) *builds {
+	return &builds{slots: make(chan struct{}, slots), byID: map[string]*build{}, underWay: map[*build]struct{}{}}
+}
+
+// begin returns the build with the id, or a new one, which is then the caller's to carry out. Without an id it is the build
+// of the template that is under way.
 func (b *builds) begin(template sandbox.TemplateID, id string) (bd *build, mine bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if bd := b.byTemplate[template]; bd != nil {
+	if bd := b.byID[id]; bd != nil {
 		return bd, false
 	}
-	bd = &build{
-		id: cmp.Or(id, newBuildID()), template: template, changed: make(chan struct{}), state: agentv1.BuildState_BUILD_STATE_BUILDING,
+	if id == "" {
+		for bd := range b.underWay {
+			if bd.template == template {
+				return bd, false
+			}
+		}
+		id = newBuildID()
 	}
-	b.byID[bd.id], b.byTemplate[template] = bd, bd
-	b.order = append(b.order, bd.id)
+	bd = newBuild(id, template)
+	b.byID[id], b.underWay[bd] = bd, struct{}{}
+	b.order = append(b.order, id)
 	for i := 0; len(b.order) > maxBuilds && i < len(b.order); {
-		if old := b.byID[b.order[i]]; b.byTemplate[old.template] == old {
-			i++ // under way
+		old := b.byID[b.order[i]]
+		if _, busy := b.underWay[old]; busy {
+			i++
 			continue
 		}
-		delete(b.byID, b.order[i])
+		delete(b.byID, old.id)
 		b.order = slices.Delete(b.order, i, i+1)
 	}
 	return bd, true
@@ -78,7 +76,7 @@ func (b *builds) begin(template sandbox.TemplateID, id string) (bd *build, mine 
 func (b *builds) finished(bd *build) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	delete(b.byTemplate, bd.template)
+	delete(b.underWay, bd)
 }
 
 func (b *builds) get(id string) (*build, error) {
@@ -99,28 +97,72 @@ func newBuildID() string {
 	return fmt.Sprintf("%x-%x-%x-%x-%x", b[:4], b[4:6], b[6:8], b[8:10], b[10:])
 }
 
-// Build starts building a template's image, or joins the build of the same template that is under way.
-func (a *Agent) Build(_ context.Context, req *agentv1.BuildRequest) (*agentv1.BuildResponse, error) {
-	r := image.Request{Sources: req.GetSources(), Username: req.GetRegistryUsername(), Password: req.GetRegistryPassword()}
-	if err := checkBuild(req.GetTemplateId(), r.Sources); err != nil {
-		return nil, toWireError(err)
-	}
-	bd, mine := a.builds.begin(sandbox.TemplateID(req.GetTemplateId()), req.GetBuildId())
-	if !mine {
-		return &agentv1.BuildResponse{BuildId: bd.id}, nil
-	}
-	if !a.crew.run(func(ctx context.Context) { a.runBuild(ctx, bd, r) }) {
-		err := sandbox.Unavailablef("node %s is shutting down", a.node)
-		bd.finish(image.Image{}, err)
-		a.builds.finished(bd)
-		return nil, toWireError(err)
-	}
-	return &agentv1.BuildResponse{BuildId: bd.id}, nil
+// buildOrder is a build as it was asked for.
+type buildOrder struct {
+	template sandbox.TemplateID
+	image    image.Request // the base, unless base is set
+	base     string        // digest
+	guest    sandbox.GuestSettings
+	steps    []recipe.Step
+	start    string
+	ready    string
+	size     sandbox.Resources
+	force    bool
 }
 
-func checkBuild(template string, sources []string) error {
-	if _, err := sandbox.ParseID(template); err != nil {
-		return sandbox.Invalidf("template id %.80q: want 1 to 64 characters of a-z and 0-9", template)
+// plain says that nothing runs in a sandbox: the base is all there is to it.
+func (o *buildOrder) plain() bool { return len(o.steps) == 0 && o.start == "" && o.ready == "" }
+
+func fromWireBuild(req *agentv1.BuildRequest) (*buildOrder, error) {
+	o := &buildOrder{
+		template: sandbox.TemplateID(req.GetTemplateId()),
+		image:    image.Request{Sources: req.GetSources(), Username: req.GetRegistryUsername(), Password: req.GetRegistryPassword()},
+		base:     req.GetBaseImageDigest(), guest: fromWireGuest(req.GetBaseGuest()), start: req.GetStartCommand(), ready: req.GetReadyCommand(),
+		size: fromWireResources(req.GetResources()), force: req.GetForce(),
+	}
+	for _, s := range req.GetSteps() {
+		o.steps = append(o.steps, recipe.Step{Type: s.GetType(), Args: s.GetArgs(), FilesHash: s.GetFilesHash(), Force: s.GetForce()})
+	}
+	return o, o.check(req.GetBuildId())
+}
+
+func (o *buildOrder) check(id string) error {
+	if _, err := sandbox.ParseID(string(o.template)); err != nil {
+		return sandbox.Invalidf("template id %.80q: want 1 to 64 characters of a-z and 0-9", string(o.template))
+	}
+	if id != "" && snapshot.CheckID(id) != nil {
+		return sandbox.Invalidf("build id %.80q: want 1 to 64 characters of a-z, 0-9 and '-'", id)
+	}
+	if err := o.checkBase(); err != nil {
+		return err
+	}
+	if len(o.steps) > maxSteps {
+		return sandbox.Invalidf("%d steps: want at most %d", len(o.steps), maxSteps)
+	}
+	for i, s := range o.steps {
+		if err := recipe.Check(s); err != nil {
+			return fmt.Errorf("step %d: %w", i+1, err)
+		}
+	}
+	if n := max(len(o.start), len(o.ready)); n > maxCommandBytes {
+		return sandbox.Invalidf("start or ready command of %d bytes: want at most %d", n, maxCommandBytes)
+	}
+	if r := o.size; !o.plain() && (r.MilliCPU <= 0 || r.MemoryBytes <= 0 || r.DiskBytes <= 0) {
+		return sandbox.Invalidf("resources %+v: a build with steps or commands needs all of them", r)
+	}
+	return nil
+}
+
+func (o *buildOrder) checkBase() error {
+	sources := o.image.Sources
+	if o.base != "" {
+		if !digestForm.MatchString(o.base) {
+			return sandbox.Invalidf("image digest %.80q: want sha256: and 64 hex digits", o.base)
+		}
+		if len(sources) > 0 {
+			return sandbox.Invalidf("both sources and an image to start from: want one of them")
+		}
+		return nil
 	}
 	if len(sources) == 0 || len(sources) > maxSources {
 		return sandbox.Invalidf("%d sources: want 1 to %d", len(sources), maxSources)
@@ -133,78 +175,82 @@ func checkBuild(template string, sources []string) error {
 	return nil
 }
 
-func (a *Agent) runBuild(ctx context.Context, bd *build, r image.Request) {
-	defer a.builds.finished(bd)
-	began := time.Now()
-	a.log.InfoContext(ctx, "build started", slog.String("build_id", bd.id), slog.String("template_id", string(bd.template)))
-	im, err := a.images.Build(ctx, r, bd.report)
-	if err == nil {
-		err = a.journal.PutImage(ctx, journal.Image{
-			Digest: im.Digest, TemplateID: bd.template, Bytes: im.Bytes, Source: im.Source, BuiltAt: now(),
-		})
-	}
-	if err == nil {
-		a.templateBuilt(bd.template, im.Digest)
-	}
-	bd.finish(im, err)
-	a.metrics.built(err, began)
+// Build starts a build, or joins the one of the same id. Without an id it joins the build of the template that is under
+// way.
+func (a *Agent) Build(_ context.Context, req *agentv1.BuildRequest) (*agentv1.BuildResponse, error) {
+	o, err := fromWireBuild(req)
 	if err != nil {
-		a.log.WarnContext(ctx, "build not successful", slog.String("build_id", bd.id), slog.String("template_id", string(bd.template)),
-			slog.Duration("after", time.Since(began)), slog.Any("err", err))
-		return
+		return nil, toWireError(err)
 	}
-	a.log.InfoContext(ctx, "build done", slog.String("build_id", bd.id), slog.String("template_id", string(bd.template)),
-		slog.String("image", im.Digest), slog.Int64("bytes", im.Bytes), slog.Duration("after", time.Since(began)))
+	bd, mine := a.builds.begin(o.template, req.GetBuildId())
+	if !mine {
+		return &agentv1.BuildResponse{BuildId: bd.id}, nil
+	}
+	if err := a.follow(bd, func(ctx context.Context) (built, error) { return a.runBuild(ctx, bd, o) }); err != nil {
+		return nil, toWireError(err)
+	}
+	return &agentv1.BuildResponse{BuildId: bd.id}, nil
 }
 
-// report takes a step forward. Those who wait are woken by a line, another step, or a hundredth of the whole.
-func (b *build) report(p image.Progress) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	fraction := min(1, max(0, p.Fraction))
-	news := p.Message != "" || p.Step != b.step || fraction-b.progress >= 0.01 || fraction < b.progress
-	if !news {
-		return
+// errCancelled is why a build ends that somebody cancels; people see its text.
+var errCancelled = errors.New("cancelled")
+
+// follow carries a build out in the background.
+func (a *Agent) follow(bd *build, work func(context.Context) (built, error)) error {
+	started := a.crew.run(func(ctx context.Context) {
+		ctx, cancel := context.WithCancelCause(ctx)
+		defer cancel(nil)
+		bd.cancelWith(cancel)
+		out, err := a.inLine(ctx, bd, work)
+		if cause := context.Cause(ctx); cause != nil && err != nil {
+			err = failedAt(stepOf(err), cause)
+			if !errors.Is(cause, errCancelled) {
+				err = sandbox.Unavailablef("node %s is shutting down", a.node)
+			}
+		}
+		a.builds.finished(bd)
+		bd.finish(out, err)
+	})
+	if started {
+		return nil
 	}
-	b.step, b.progress = p.Step, fraction
-	if p.Message != "" {
-		b.line("info", p.Message)
-	}
-	b.wakeAll()
+	err := sandbox.Unavailablef("node %s is shutting down", a.node)
+	a.builds.finished(bd)
+	bd.finish(built{}, err)
+	return err
 }
 
-// line adds a line to the log.
-//
-// Preconditions: b.mu is held.
-func (b *build) line(level, message string) {
-	switch n := len(b.entries); {
-	case n == maxBuildEntries-1 && level == "info":
-		message = "the log is full: further lines are not kept"
-	case n >= maxBuildEntries && level == "info":
-		return
+// inLine waits for the build's turn and then does the work.
+func (a *Agent) inLine(ctx context.Context, bd *build, work func(context.Context) (built, error)) (built, error) {
+	select {
+	case a.builds.slots <- struct{}{}:
+	default:
+		bd.note("", fmt.Sprintf("waiting: %d builds are under way on this node, which is the most that may", cap(a.builds.slots)))
+		select {
+		case a.builds.slots <- struct{}{}:
+		case <-ctx.Done():
+			return built{}, context.Cause(ctx)
+		}
 	}
-	b.entries = append(b.entries, logEntry{Time: now(), Level: level, Logger: "build", Message: clip(message, maxLogText)})
+	defer func() { <-a.builds.slots }()
+	return work(ctx)
 }
 
-// wakeAll wakes everybody who waits for a change.
-//
-// Preconditions: b.mu is held.
-func (b *build) wakeAll() {
-	close(b.changed)
-	b.changed = make(chan struct{})
-}
-
-func (b *build) finish(im image.Image, err error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
+// CancelBuild ends a build that is under way, and waits until nothing is left of it.
+func (a *Agent) CancelBuild(ctx context.Context, req *agentv1.CancelBuildRequest) (*agentv1.CancelBuildResponse, error) {
+	bd, err := a.builds.get(req.GetBuildId())
 	if err != nil {
-		b.state, b.err = agentv1.BuildState_BUILD_STATE_FAILED, err.Error()
-		b.line("error", "build failed: "+err.Error())
-	} else {
-		b.state, b.image, b.progress = agentv1.BuildState_BUILD_STATE_READY, im, 1
-		b.line("info", fmt.Sprintf("the template is ready: %d MiB", im.Bytes>>20))
+		return nil, toWireError(err)
 	}
-	b.wakeAll()
+	if !bd.stop(errCancelled) {
+		return nil, toWireError(sandbox.Conflictf("build %s has ended already", bd.id))
+	}
+	select {
+	case <-bd.done:
+		return &agentv1.CancelBuildResponse{}, nil
+	case <-ctx.Done():
+		return nil, toWireError(ctx.Err())
+	}
 }
 
 // GetBuild returns the state of a build. It waits up to the request's time, but a minute at most, when there is nothing
@@ -214,9 +260,9 @@ func (a *Agent) GetBuild(ctx context.Context, req *agentv1.GetBuildRequest) (*ag
 	if err != nil {
 		return nil, toWireError(err)
 	}
-	from := int(req.GetOffset())
-	if from < 0 {
-		return nil, toWireError(sandbox.Invalidf("offset of %d: want 0 or more", from))
+	from, limit := int(req.GetOffset()), int(req.GetLimit())
+	if from < 0 || limit < 0 {
+		return nil, toWireError(sandbox.Invalidf("offset of %d and limit of %d: want 0 or more", from, limit))
 	}
 	wait, err := fromWireTimeout(req.GetWait())
 	if req.GetWait() != nil && err != nil {
@@ -224,7 +270,7 @@ func (a *Agent) GetBuild(ctx context.Context, req *agentv1.GetBuildRequest) (*ag
 	}
 	timer := time.NewTimer(min(wait, maxBuildWait))
 	defer timer.Stop()
-	answer, news, changed := b.since(from)
+	answer, news, changed := b.since(from, limit)
 	if news || req.GetWait() == nil {
 		return answer, nil
 	}
@@ -234,18 +280,6 @@ func (a *Agent) GetBuild(ctx context.Context, req *agentv1.GetBuildRequest) (*ag
 	case <-ctx.Done():
 		return nil, toWireError(ctx.Err())
 	}
-	answer, _, _ = b.since(from)
+	answer, _, _ = b.since(from, limit)
 	return answer, nil
-}
-
-// since returns the build with its log from an offset on, whether that is worth an answer, and what is closed at the next
-// change.
-func (b *build) since(from int) (answer *agentv1.GetBuildResponse, news bool, changed <-chan struct{}) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	from = min(from, len(b.entries))
-	return &agentv1.GetBuildResponse{
-		State: b.state, Step: b.step, Progress: b.progress, Entries: toWireLogs(b.entries[from:]), Error: b.err,
-		ImageDigest: b.image.Digest, ImageBytes: b.image.Bytes, Source: b.image.Source,
-	}, from < len(b.entries) || b.state != agentv1.BuildState_BUILD_STATE_BUILDING, b.changed
 }

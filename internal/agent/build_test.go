@@ -50,6 +50,7 @@ func TestBuild(t *testing.T) {
 		if again := n.build("t1", "three"); again != id {
 			t.Errorf("a second build of the same template: %s", again)
 		}
+		synctest.Wait()
 		began := time.Now()
 		if b := n.getBuild(id, 0, 7*time.Second); b.GetState() != agentv1.BuildState_BUILD_STATE_BUILDING || time.Since(began) != 7*time.Second {
 			t.Errorf("nothing new for 7 s: %v after %v", b, time.Since(began))

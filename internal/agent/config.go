@@ -59,6 +59,11 @@ type Config struct {
 	// pressure and available memory, see MemoryPressure.
 	MemoryPressure func() bool
 
+	// FilesDir is the directory of what builds copy from, and of what they work on. Empty refuses files and steps.
+	FilesDir string
+	// MaxBuilds is how many builds run at once; more wait in line. Default: the cores.
+	MaxBuilds int
+
 	// PauseTimeout bounds a pause, a snapshot, and the restoring of a rollback. Default: 5 min.
 	PauseTimeout time.Duration
 
@@ -104,6 +109,7 @@ func withDefaults(c Config) Config {
 	orDefault(&c.GuestTimeout, 30*time.Second)
 	orDefault(&c.ClaimTimeout, 2*time.Second)
 	orDefault(&c.StopTimeout, 20*time.Second)
+	orDefault(&c.MaxBuilds, runtime.GOMAXPROCS(0))
 	orDefault(&c.PauseTimeout, 5*time.Minute)
 	orDefault(&c.WarmMin, 2)
 	orDefault(&c.WarmMax, 16)

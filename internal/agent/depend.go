@@ -27,6 +27,7 @@ type images interface {
 	Remove(ctx context.Context, digest string) error
 	List(ctx context.Context) ([]image.Image, error)
 	Recover(ctx context.Context) error
+	composer
 }
 
 // checkpoints keeps what sandboxes were saved as.

@@ -120,6 +120,7 @@ type fakeImages struct {
 	mu    sync.Mutex
 	have  map[string]image.Image
 	build func(ctx context.Context, r image.Request, progress func(image.Progress)) (image.Image, error)
+	fakeComposer
 }
 
 func (f *fakeImages) add(name string) image.Image {

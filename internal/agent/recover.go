@@ -28,6 +28,9 @@ func (a *Agent) Recover(ctx context.Context) error {
 	if err := a.recoverImages(ctx); err != nil {
 		return err
 	}
+	if err := a.files.recover(); err != nil {
+		return err
+	}
 	if err := a.saves.Recover(ctx); err != nil {
 		return fmt.Errorf("recover checkpoints: %w", err)
 	}

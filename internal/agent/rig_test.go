@@ -2,6 +2,7 @@ package agent
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/json"
@@ -11,6 +12,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -79,7 +81,7 @@ func newMachine(tb testing.TB) *machine {
 	m := &machine{
 		t: tb, dir: tb.TempDir(), host: fake.NewHost(), net: newFakeNet(), images: &fakeImages{have: map[string]image.Image{}},
 		server: &fakeServer{secret: []byte("0123456789abcdef0123456789abcdef")}, inits: map[sandbox.ID]initBody{},
-		opt: journal.Options{Capacity: times(small(), 100)},
+		opt:    journal.Options{Capacity: times(small(), 100)},
 		engine: func(e engine.Engine) engine.Engine { return e }, saves: func(c checkpoints) checkpoints { return c },
 		cfg: Config{ScratchDir: "/scratch", Name: "one", WarmMax: -1, MemoryPressure: func() bool { return false }},
 	}
@@ -236,11 +238,25 @@ func (n *node) verify() {
 	}
 	var want []sandbox.ID
 	var sum sandbox.Resources
+	owned := map[string]bool{}
 	for _, r := range recs {
-		if !r.State.Ended() {
+		sum = sum.Add(r.Held())
+		switch {
+		case r.State == sandbox.StatePaused:
+			owned[r.Checkpoint] = true
+		case !r.State.Ended():
 			want = append(want, r.ID)
-			sum = sum.Add(r.Resources)
 		}
+	}
+	n.eventually("what sandboxes were paused in is deleted", func() bool { return len(n.pauses()) <= len(owned) })
+	for _, id := range n.pauses() {
+		if !owned[id] {
+			n.m.t.Errorf("checkpoint %s belongs to nobody", id)
+		}
+		delete(owned, id)
+	}
+	for id := range owned {
+		n.m.t.Errorf("checkpoint %q, which a sandbox is paused in, is gone", id)
 	}
 	slices.Sort(want)
 	if diff := cmp.Diff(want, n.m.guests()); diff != "" {
@@ -254,6 +270,38 @@ func (n *node) verify() {
 	}
 	if w, age := n.gate.waiting(); w != 0 {
 		n.m.t.Errorf("%d creates wait for %v", w, age)
+	}
+}
+
+// pauses returns the checkpoints that sandboxes are paused in.
+func (n *node) pauses() (ids []string) {
+	for _, m := range n.Agent.saves.List() {
+		if m.Pause {
+			ids = append(ids, m.ID)
+		}
+	}
+	return ids
+}
+
+// truncate empties every file of a directory.
+func (m *machine) truncate(dir string) {
+	m.t.Helper()
+	list, err := os.ReadDir(dir)
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	for _, e := range list {
+		if err := os.Truncate(filepath.Join(dir, e.Name()), 0); err != nil {
+			m.t.Fatal(err)
+		}
+	}
+}
+
+// removeAll deletes something of the machine's directory.
+func (m *machine) removeAll(name ...string) {
+	m.t.Helper()
+	if err := os.RemoveAll(filepath.Join(append([]string{m.dir}, name...)...)); err != nil {
+		m.t.Fatal(err)
 	}
 }
 
@@ -300,7 +348,7 @@ func (m *machine) serve(id sandbox.ID, c net.Conn, silent bool) {
 		}
 		status, body := m.answer(id, req)
 		resp := &http.Response{
-			StatusCode: status, ProtoMajor: 1, ProtoMinor: 1, ContentLength: int64(len(body)),
+			StatusCode: status, ProtoMajor: 1, ProtoMinor: 1, ContentLength: int64(len(body)), Header: headersOf(req, status),
 			Body: io.NopCloser(strings.NewReader(body)), Request: req,
 		}
 		if err := resp.Write(c); err != nil {
@@ -311,6 +359,7 @@ func (m *machine) serve(id sandbox.ID, c net.Conn, silent bool) {
 
 func (m *machine) answer(id sandbox.ID, r *http.Request) (int, string) {
 	body, _ := io.ReadAll(r.Body)
+	r.Body = io.NopCloser(bytes.NewReader(body))
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.guest != nil {

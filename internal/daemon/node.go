@@ -121,6 +121,7 @@ func (d *daemon) agentConfig(capacity sandbox.Resources) agent.Config {
 	return agent.Config{
 		Name: d.cfg.NodeName, Version: d.version, Architecture: runtime.GOARCH, Kernel: kernel(),
 		Capacity: capacity, ScratchDir: d.path("node", "scratch"), Resolvers: resolvers(d.cfg),
+		FilesDir:    d.path("node", "files"),
 		MaxStarting: d.cfg.StartsAtOnce, WarmMin: d.cfg.PoolMin, WarmMax: poolMax,
 	}
 }
