@@ -17,17 +17,19 @@ func TestSDK(t *testing.T) {
 	d := harness.Start(t)
 	here := filepath.Join(harness.Root(), "test", "e2e")
 	install(t, here)
+	env := append(d.Env(), registries(t)...)
 	files, err := filepath.Glob(filepath.Join(here, "sdk", "*.test.mjs"))
 	if err != nil || len(files) == 0 {
 		t.Fatalf("no test files: %v", err)
 	}
 	for _, file := range files {
 		t.Run(filepath.Base(file), func(t *testing.T) {
+			t.Parallel() // half of the time they wait
 			ctx, cancel := context.WithTimeout(t.Context(), 8*time.Minute)
 			defer cancel()
 			cmd := exec.CommandContext(ctx, "node", "--test", "--test-concurrency=1", "--test-reporter=spec", file)
 			cmd.Dir = here
-			cmd.Env = d.Env()
+			cmd.Env = env
 			out, err := cmd.CombinedOutput()
 			if err != nil {
 				t.Fatalf("%v\n%s", err, out)

@@ -8,7 +8,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -21,52 +20,12 @@ import (
 	"github.com/cloister-dev/cloister/test/harness"
 )
 
-// tinyTree makes a root directory with a shell and little else, from this machine's own programs: a template in no time.
-func tinyTree(t *testing.T) string {
-	t.Helper()
-	dir := t.TempDir()
-	put := func(from, to string) {
-		to = filepath.Join(dir, to)
-		raw, err := os.ReadFile(from)
-		if err == nil {
-			err = os.MkdirAll(filepath.Dir(to), 0o755)
-		}
-		if err == nil {
-			err = os.WriteFile(to, raw, 0o755)
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
-	library := regexp.MustCompile(`/\S+\.so\S*`)
-	for _, name := range []string{"bash", "sh", "cat", "head", "sleep", "sync", "rm", "uname", "tail"} {
-		path, err := exec.LookPath(name)
-		if err != nil {
-			t.Fatal(err)
-		}
-		put(path, "bin/"+name)
-		out, err := exec.CommandContext(t.Context(), "ldd", path).Output()
-		if err != nil {
-			t.Fatalf("ldd %s: %v", path, err)
-		}
-		for _, lib := range library.FindAllString(string(out), -1) {
-			put(lib, lib)
-		}
-	}
-	for _, name := range []string{"etc", "tmp", "proc", "sys", "dev", "root", "home", "var"} {
-		if err := os.MkdirAll(filepath.Join(dir, name), 0o755); err != nil {
-			t.Fatal(err)
-		}
-	}
-	return dir
-}
-
 // tiny prepares a daemon whose template is a tiny tree alone.
 func tiny(t *testing.T, flags ...string) *harness.Daemon {
 	t.Helper()
 	d := harness.New(t, flags...)
 	at := slices.Index(d.Flags, "--base-sources")
-	d.Flags[at+1] = "dir:" + tinyTree(t)
+	d.Flags[at+1] = "dir:" + harness.TinyTree(t)
 	return d
 }
 

@@ -1,17 +1,6 @@
 import assert from 'node:assert/strict'
-import { execFile } from 'node:child_process'
 import { test } from 'node:test'
-import { eventually, sandboxTest } from './support.mjs'
-
-/** Runs a program with an empty standard input, which some commands read to its end. */
-function run(file, args, opts) {
-  return new Promise((resolve, reject) => {
-    const child = execFile(file, args, opts, (error, stdout, stderr) => (error ? reject(Object.assign(error, { stdout, stderr })) : resolve({ stdout, stderr })))
-    child.stdin.end()
-  })
-}
-const e2b = (...args) => run('node_modules/.bin/e2b', args, { timeout: 60_000 })
-const cloister = (...args) => run(process.env.CLOISTER_BINARY, ['--data-dir', process.env.CLOISTER_DATA_DIR, ...args], { timeout: 60_000 })
+import { cloister, e2b, eventually, sandboxTest } from './support.mjs'
 
 sandboxTest('the e2b command line lists, describes and measures', async (s) => {
   const list = JSON.parse((await e2b('sandbox', 'list', '--format', 'json')).stdout)

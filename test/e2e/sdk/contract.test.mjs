@@ -1,5 +1,5 @@
 // What programs written for the hosted service rely on, and what is easily lost.
-import { FileType, InvalidArgumentError, NotFoundError, Sandbox, Secret, Template, TimeoutError, Volume } from 'e2b'
+import { FileType, InvalidArgumentError, NotFoundError, Sandbox, Secret, TimeoutError, Volume } from 'e2b'
 import assert from 'node:assert/strict'
 import { call, eventually, proxy, sandboxTest } from './support.mjs'
 
@@ -190,17 +190,11 @@ sandboxTest('metrics keep to the time asked for; logs have a default length', as
 
 sandboxTest('what is not there yet says so at once', async (s) => {
   const attempts = {
-    pause: () => s.pause(),
-    snapshot: () => s.createSnapshot(),
-    fork: () => s.fork(),
     'network update': () => s.updateNetwork({ denyOut: ['192.0.2.1'] }),
     'egress rules': () => Sandbox.create({ network: { allowOut: ['192.0.2.1'], denyOut: ['0.0.0.0/0'] } }),
     'private ports': () => Sandbox.create({ network: { allowPublicTraffic: false } }),
-    'pause at the end': () => Sandbox.create({ lifecycle: { onTimeout: 'pause' } }),
     volumes: () => Volume.create('v'),
     secrets: () => Secret.create('NAME', 'value'),
-    builds: () => Template.build(Template().fromImage('debian'), 'mine', {}),
-    tags: () => Template.getTags('base'),
   }
   for (const [what, attempt] of Object.entries(attempts)) {
     await assert.rejects(attempt(), /501.*not supported by this version/, what)
