@@ -63,7 +63,19 @@ func (a *app) completeCopy(c *cobra.Command, args []string, typed string) ([]str
 }
 
 func sandboxNames(ctx context.Context, cn *conn) ([]string, error) {
-	all, err := cn.sandboxes(ctx, client.ListSandboxes{States: []string{"running"}})
+	return sandboxesIn(ctx, cn, stateRunning)
+}
+
+func pausedNames(ctx context.Context, cn *conn) ([]string, error) {
+	return sandboxesIn(ctx, cn, statePaused)
+}
+
+func keptNames(ctx context.Context, cn *conn) ([]string, error) {
+	return sandboxesIn(ctx, cn, stateRunning, statePaused)
+}
+
+func sandboxesIn(ctx context.Context, cn *conn, states ...string) ([]string, error) {
+	all, err := cn.sandboxes(ctx, client.ListSandboxes{States: states})
 	out := make([]string, 0, len(all))
 	for _, s := range all {
 		out = append(out, s.ID+"\t"+printable(s.Template+" "+pairs(s.Metadata)))
@@ -72,11 +84,11 @@ func sandboxNames(ctx context.Context, cn *conn) ([]string, error) {
 }
 
 func templateNames(ctx context.Context, cn *conn) ([]string, error) {
-	all, err := cn.api.Templates(ctx)
+	all, err := cn.api.ListTemplates(ctx)
 	var out []string
 	for _, t := range all {
 		for _, n := range t.Names {
-			out = append(out, n+"\t"+newestBuild(t).State)
+			out = append(out, n+"\t"+current(t).State)
 		}
 	}
 	return out, err

@@ -20,7 +20,8 @@ func (a *app) sandboxCommand() *cobra.Command {
 	return group(&cobra.Command{
 		Use: "sandbox", Aliases: []string{"sbx"}, Short: "Create, look into and end sandboxes",
 	}, a.sandboxList(), a.sandboxShow(), a.sandboxCreate(), a.sandboxExec(), a.sandboxShell(), a.sandboxCopy(),
-		a.sandboxLogs(), a.sandboxTimeout(), a.sandboxKill())
+		a.sandboxLogs(), a.sandboxTimeout(), a.sandboxPause(), a.sandboxResume(), a.sandboxSnapshot(), a.sandboxFork(),
+		a.sandboxRollback(), a.sandboxKill())
 }
 
 func (a *app) sandboxList() *cobra.Command {
@@ -43,7 +44,7 @@ func (a *app) sandboxList() *cobra.Command {
 			return a.print(all, func(w io.Writer) { sandboxTable(w, all) })
 		},
 	}
-	c.Flags().StringSliceVar(&states, "state", nil, "only these `states` (running, failed, lost, ...)")
+	c.Flags().StringSliceVar(&states, "state", nil, "only these `states` (running, paused, failed, lost, ...)")
 	c.Flags().StringArrayVarP(&metadata, "metadata", "m", nil, "only those with this `KEY=VALUE`; may be given again")
 	return c
 }
@@ -64,21 +65,43 @@ func (c *conn) sandboxes(ctx context.Context, filter client.ListSandboxes) ([]cl
 func sandboxTable(w io.Writer, all []client.Sandbox) {
 	row(w, "ID", "TEMPLATE", "STATE", "CPU", "MEMORY", "STARTED", "ENDS", "NODE", "METADATA")
 	for _, s := range all {
-		ends := in(s.EndAt)
-		if s.State != "running" {
-			ends = "-"
-		}
-		state := s.State
-		if s.Reason != "" {
-			state += ": " + s.Reason
-		}
-		row(w, s.ID, s.Template, state, cpus(s.Resources.MilliCPU), size(s.Resources.MemoryBytes), ago(s.StartedAt), ends, s.NodeID, pairs(s.Metadata))
+		row(w, s.ID, s.Template, stateOf(s), cpus(s.Resources.MilliCPU), size(s.Resources.MemoryBytes), ago(s.StartedAt), ends(s), s.NodeID, pairs(s.Metadata))
 	}
+}
+
+// The states that commands tell apart.
+const (
+	stateRunning = "running"
+	statePaused  = "paused"
+)
+
+// stateOf is a sandbox's state with what belongs to it: how much a paused one takes and since when, why one has ended.
+func stateOf(s client.Sandbox) string {
+	switch {
+	case s.State == statePaused && s.PausedKind == keepFiles:
+		return fmt.Sprintf("paused %s, files of %s", ago(s.PausedAt), size(s.PausedBytes))
+	case s.State == statePaused:
+		return fmt.Sprintf("paused %s, %s", ago(s.PausedAt), size(s.PausedBytes))
+	case s.Reason != "":
+		return s.State + ": " + s.Reason
+	}
+	return s.State
+}
+
+// ends is when a running sandbox ends or pauses.
+func ends(s client.Sandbox) string {
+	switch {
+	case s.State != stateRunning:
+		return "-"
+	case s.AutoPause && !s.EndAt.IsZero():
+		return "pauses " + in(s.EndAt)
+	}
+	return in(s.EndAt)
 }
 
 func (a *app) sandboxShow() *cobra.Command {
 	return &cobra.Command{
-		Use: "show ID", Short: "Show one sandbox", Args: exactly(1, "one sandbox id"), ValidArgsFunction: a.complete(1, sandboxNames),
+		Use: "show ID", Short: "Show one sandbox", Args: exactly(1, "one sandbox id"), ValidArgsFunction: a.complete(1, keptNames),
 		RunE: func(c *cobra.Command, args []string) error {
 			cn, err := a.target.connect()
 			if err != nil {
@@ -105,9 +128,13 @@ func sandboxDetail(w io.Writer, s client.Sandbox) {
 	row(w, "memory", size(s.Resources.MemoryBytes))
 	row(w, "disk", size(s.Resources.DiskBytes))
 	row(w, "started", s.StartedAt.Local().Format(time.DateTime)+" ("+ago(s.StartedAt)+")")
-	if s.EndedAt.IsZero() {
-		row(w, "ends", in(s.EndAt))
-	} else {
+	switch {
+	case s.State == statePaused:
+		row(w, "paused", s.PausedAt.Local().Format(time.DateTime)+" ("+ago(s.PausedAt)+")")
+		row(w, "kept", fmt.Sprintf("%s, %s on disk", s.PausedKind, size(s.PausedBytes)))
+	case s.EndedAt.IsZero():
+		row(w, "ends", ends(s))
+	default:
 		row(w, "ended", s.EndedAt.Local().Format(time.DateTime)+" ("+ago(s.EndedAt)+")")
 	}
 	row(w, "internet", strconv.FormatBool(s.AllowInternet))
@@ -122,6 +149,8 @@ type createFlags struct {
 	cpu           float64
 	memory, disk  string
 	noInternet    bool
+	autoPause     bool
+	autoPauseKind string
 }
 
 func (f *createFlags) add(c *cobra.Command, timeout time.Duration) {
@@ -134,6 +163,8 @@ func (f *createFlags) add(c *cobra.Command, timeout time.Duration) {
 	fl.StringVar(&f.memory, "memory", "", "memory, such as 1GiB; default: the template's")
 	fl.StringVar(&f.disk, "disk", "", "disk, such as 20GiB; default: the template's")
 	fl.BoolVar(&f.noInternet, "no-internet", false, "let it open no connections to the outside")
+	fl.BoolVar(&f.autoPause, "auto-pause", false, "pause it at its timeout, in place of ending it")
+	fl.StringVar(&f.autoPauseKind, "auto-pause-keeps", keepMemory, "`what` that keeps: memory (and files) or files")
 }
 
 // wireSeconds is a timeout as the API takes it, to which -1 means never.
@@ -162,6 +193,12 @@ func (f *createFlags) request() (client.CreateSandbox, error) {
 	}
 	if req.Resources.DiskBytes, err = parseSize("disk", f.disk); err != nil {
 		return req, err
+	}
+	if f.autoPauseKind != keepMemory && f.autoPauseKind != keepFiles {
+		return req, &usageError{fmt.Errorf("auto-pause-keeps %q: want memory or files", f.autoPauseKind)}
+	}
+	if f.autoPause {
+		req.AutoPause, req.AutoPauseKind = true, f.autoPauseKind
 	}
 	if f.noInternet {
 		req.AllowInternet = new(bool)
@@ -220,7 +257,7 @@ func (a *app) sandboxTimeout() *cobra.Command {
 func (a *app) sandboxKill() *cobra.Command {
 	var all bool
 	c := &cobra.Command{
-		Use: "kill ID...", Aliases: []string{"rm"}, Short: "End sandboxes and print their ids", ValidArgsFunction: a.complete(0, sandboxNames),
+		Use: "kill ID...", Aliases: []string{"rm"}, Short: "End sandboxes and print their ids", ValidArgsFunction: a.complete(0, keptNames),
 		Args: func(_ *cobra.Command, args []string) error {
 			if all == (len(args) > 0) || slices.Contains(args, "") {
 				return &usageError{errors.New("sandbox kill: want one or more sandbox ids, or --all")}
@@ -269,7 +306,7 @@ func (a *app) kill(ctx context.Context, cn *conn, ids []string, gone bool) error
 }
 
 func runningIDs(ctx context.Context, cn *conn) ([]string, error) {
-	list, err := cn.sandboxes(ctx, client.ListSandboxes{States: []string{"running"}})
+	list, err := cn.sandboxes(ctx, client.ListSandboxes{States: []string{stateRunning}})
 	if err != nil {
 		return nil, err
 	}
