@@ -3,6 +3,7 @@ package gvisor
 import (
 	"archive/tar"
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -111,5 +112,54 @@ func TestSaveLayer(t *testing.T) {
 	}
 	if got := w.ask(t, "host"); got != "box-1" {
 		t.Errorf("after a failed save: %s", got)
+	}
+}
+
+// sampleTree returns an archive like those of the sentry.
+func sampleTree(tb testing.TB, kind int) []byte {
+	tb.Helper()
+	var b bytes.Buffer
+	w := tar.NewWriter(&b)
+	content := append(binary.LittleEndian.AppendUint64(nil, 5000), make([]byte, segmentBytes)...)
+	binary.NativeEndian.PutUint64(content[16:], 4096) // the end of the one segment
+	for _, h := range [][]*tar.Header{
+		{{Typeflag: tar.TypeDir, Name: "./"}, {Typeflag: tar.TypeReg, Name: "./a", Size: int64(len(content))}},
+		{{Typeflag: tar.TypeReg, Name: "./b", Size: int64(len(content))}, {Typeflag: tar.TypeLink, Name: "./a", Linkname: "./b"}},
+		{
+			{Typeflag: tar.TypeDir, Name: "./d/", PAXRecords: map[string]string{opaqueXattr: "y"}},
+			{Typeflag: tar.TypeChar, Name: "./gone"}, {Typeflag: tar.TypeSymlink, Name: "./s", Linkname: "../../x"},
+		},
+	}[kind] {
+		if err := w.WriteHeader(h); err != nil {
+			tb.Fatal(err)
+		}
+		if h.Typeflag == tar.TypeReg {
+			if _, err := w.Write(content); err != nil {
+				tb.Fatal(err)
+			}
+		}
+	}
+	if err := w.Close(); err != nil {
+		tb.Fatal(err)
+	}
+	return b.Bytes()
+}
+
+// readLayerNames returns the names in a layer.
+func readLayerNames(tb testing.TB, f *os.File) map[string]bool {
+	tb.Helper()
+	if _, err := f.Seek(0, io.SeekStart); err != nil {
+		tb.Fatal(err)
+	}
+	out := map[string]bool{}
+	for tr := tar.NewReader(f); ; {
+		h, err := tr.Next()
+		if errors.Is(err, io.EOF) {
+			return out
+		}
+		if err != nil {
+			tb.Fatalf("the layer cannot be read: %v", err)
+		}
+		out[h.Name] = true
 	}
 }
