@@ -173,21 +173,23 @@ func (f *fakeImages) Recover(context.Context) error { return nil }
 type fakeServer struct {
 	secret []byte
 
-	mu      sync.Mutex
-	epoch   int64
-	acked   int64
-	history []string // type, id and sequence of each change, once
-	seen    map[int64]bool
-	index   map[string]*agentv1.Sandbox
-	reports []*nodev1.ReportRequest
+	mu         sync.Mutex
+	epoch      int64
+	acked      int64
+	history    []string // type, id and sequence of each change, once
+	seen       map[int64]bool
+	index      map[string]*agentv1.Sandbox
+	reports    []*nodev1.ReportRequest
+	registered *nodev1.RegisterRequest // the last one
 	// before is called with each report and may refuse it, also after it was taken (lost answers).
 	before, after func(*nodev1.ReportRequest) error
 	refuse        error
 }
 
-func (s *fakeServer) Register(context.Context, *nodev1.RegisterRequest) (*nodev1.RegisterResponse, error) {
+func (s *fakeServer) Register(_ context.Context, r *nodev1.RegisterRequest) (*nodev1.RegisterResponse, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.registered = r
 	if s.refuse != nil {
 		return nil, s.refuse
 	}

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/netip"
@@ -74,6 +75,7 @@ type machine struct {
 	// engine and saves may put something in front of the engine and the checkpoints.
 	engine func(engine.Engine) engine.Engine
 	saves  func(checkpoints) checkpoints
+	logger *slog.Logger
 }
 
 func newMachine(tb testing.TB) *machine {
@@ -124,7 +126,7 @@ func (m *machine) load() *node {
 	}
 	a, err := New(m.cfg, Deps{
 		Journal: j, Engine: m.engine(fake.New(m.host)), Network: m.net, Images: m.images, Snapshots: m.saves(store), Server: m.server,
-		Dial: m.dial, Registerer: prometheus.NewRegistry(),
+		Dial: m.dial, Registerer: prometheus.NewRegistry(), Logger: m.logger,
 	})
 	if err != nil {
 		m.t.Fatal(err)
