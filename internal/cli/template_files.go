@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"time"
 
 	"github.com/cloister-dev/cloister/internal/client"
 	"github.com/cloister-dev/cloister/internal/recipe"
@@ -103,6 +104,7 @@ func (s sending) parts(ctx context.Context, cn *conn, archive io.ReaderAt, whole
 		if _, refused := errors.AsType[*client.APIError](err); refused && !client.IsBusy(err) && !client.IsConflict(err) || failures == sendTries || ctx.Err() != nil {
 			return cn.check(err)
 		}
+		wait(ctx, time.Duration(failures)*200*time.Millisecond)
 	}
 }
 
