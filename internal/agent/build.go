@@ -35,11 +35,16 @@ type builds struct {
 	mu       sync.Mutex
 	byID     map[string]*build
 	underWay map[*build]struct{}
-	order    []string // oldest first
+	order    []string           // oldest first
+	held     map[string]int     // images and layers that builds need
+	bases    map[string]fetched // by baseKey
 }
 
 func newBuilds(slots int) *builds {
-	return &builds{slots: make(chan struct{}, slots), byID: map[string]*build{}, underWay: map[*build]struct{}{}}
+	return &builds{
+		slots: make(chan struct{}, slots), byID: map[string]*build{}, underWay: map[*build]struct{}{}, held: map[string]int{},
+		bases: map[string]fetched{},
+	}
 }
 
 // begin returns the build with the id, or a new one, which is then the caller's to carry out. Without an id it is the build
@@ -108,6 +113,7 @@ type buildOrder struct {
 	ready    string
 	size     sandbox.Resources
 	force    bool
+	held     []string // digests that it keeps from being freed
 }
 
 // plain says that nothing runs in a sandbox: the base is all there is to it.

@@ -61,6 +61,9 @@ func (f *fakeImages) Compose(_ context.Context, base string, layers []string, _ 
 func (f *fakeImages) NewRecorder() *image.Recorder        { return f.store.NewRecorder() }
 func (f *fakeImages) StepLayer(key string) (string, bool) { return f.store.StepLayer(key) }
 func (f *fakeImages) PutStep(key, layer string) error     { return f.store.PutStep(key, layer) }
+func (f *fakeImages) Prune(ctx context.Context, inUse []string) error {
+	return f.store.Prune(ctx, inUse)
+}
 func (f *fakeImages) Push(_ context.Context, r image.PushRequest, _ func(image.Progress)) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()

@@ -13,5 +13,6 @@ type composer interface {
 	Compose(ctx context.Context, base string, layers []string, progress func(image.Progress)) (image.Image, error)
 	StepLayer(key string) (layer string, ok bool)
 	PutStep(key, layer string) error
+	Prune(ctx context.Context, inUse []string) error
 	Push(ctx context.Context, r image.PushRequest, progress func(image.Progress)) error
 }

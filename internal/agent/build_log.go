@@ -60,7 +60,8 @@ type build struct {
 	changed  chan struct{} // closed and replaced with each change
 	cancel   context.CancelCauseFunc
 	state    agentv1.BuildState
-	step     string
+	at       string // the stage: "base", a step's number or "finalize"
+	step     string // for people
 	progress float64
 	from, to float64 // the part of the whole that a report's fraction means
 	entries  []logEntry
@@ -108,7 +109,7 @@ func (b *build) stop(cause error) bool {
 func (b *build) stage(step string, from, to float64) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.step, b.from, b.to, b.progress = step, from, to, from
+	b.at, b.step, b.from, b.to, b.progress = step, step, from, to, from
 	b.wakeAll()
 }
 
@@ -123,7 +124,7 @@ func (b *build) report(p image.Progress) {
 	}
 	b.step, b.progress = p.Step, fraction
 	if p.Message != "" {
-		b.line("info", stepBase, p.Message)
+		b.line("info", b.at, p.Message)
 	}
 	b.wakeAll()
 }
@@ -133,6 +134,16 @@ func (b *build) note(step, message string) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.line("info", step, message)
+	b.wakeAll()
+}
+
+// notes adds several lines.
+func (b *build) notes(step string, messages []string) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for _, m := range messages {
+		b.line("info", step, m)
+	}
 	b.wakeAll()
 }
 

@@ -33,6 +33,9 @@ func (a *Agent) runBuild(ctx context.Context, bd *build, o *buildOrder) (built, 
 	began := time.Now()
 	log := a.log.With(slog.String("build_id", bd.id), slog.String("template_id", string(bd.template)))
 	log.InfoContext(ctx, "build started", slog.Int("steps", len(o.steps)))
+	if !o.plain() {
+		defer a.letGo(context.WithoutCancel(ctx), o)
+	}
 	out, err := a.carryBuild(ctx, bd, o)
 	if err == nil {
 		im := &out.image
@@ -66,6 +69,9 @@ func (a *Agent) carryBuild(ctx context.Context, bd *build, o *buildOrder) (built
 	if o.plain() {
 		return built{image: base, guest: r.guest}, nil
 	}
+	if err := a.keep(ctx, o, &base); err != nil {
+		return built{}, failedAt(stepBase, err)
+	}
 	defer r.close()
 	if r.keys, err = recipe.Keys(base.Digest, r.guest, o.steps); err != nil {
 		return built{}, failedAt(stepBase, err)
@@ -79,8 +85,11 @@ func (a *Agent) carryBuild(ctx context.Context, bd *build, o *buildOrder) (built
 
 // baseImage returns the image that the steps begin with.
 func (a *Agent) baseImage(ctx context.Context, bd *build, o *buildOrder) (image.Image, error) {
-	if o.base == "" {
+	if o.base == "" && o.plain() {
 		return a.images.Build(ctx, o.image, bd.report)
+	}
+	if o.base == "" {
+		return a.fetchBase(ctx, bd, o)
 	}
 	im, err := a.images.Get(ctx, o.base)
 	if isNotFound(err) {
@@ -153,6 +162,8 @@ func (r *buildRun) steps(ctx context.Context) error {
 		}
 		if layer != "" {
 			r.layers = append(r.layers, layer)
+			r.builds.hold(layer)
+			r.order.held = append(r.order.held, layer)
 		}
 		r.guest = after
 	}
@@ -247,7 +258,11 @@ func (r *buildRun) compose(ctx context.Context, layers []string) (image.Image, e
 	if len(layers) == 0 {
 		return r.base, nil
 	}
-	return r.images.Compose(ctx, r.base.Digest, layers, r.bd.report)
+	im, err := r.images.Compose(ctx, r.base.Digest, layers, r.bd.report)
+	if err != nil {
+		return im, err
+	}
+	return im, r.keep(ctx, r.order, &im)
 }
 
 // record returns the layer of what has changed since the last one, "" where nothing has.

@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/cloister-dev/cloister/internal/recipe"
@@ -16,6 +17,8 @@ const (
 	// readyRetry is the time between two tries of a ready command, readyTimeout that for all of them.
 	readyRetry   = 500 * time.Millisecond
 	readyTimeout = 5 * time.Minute
+	// maxReadyLines is what is shown of one try.
+	maxReadyLines = 50
 )
 
 // finalize makes the image, and the checkpoint of what the start command has started.
@@ -138,10 +141,11 @@ func (r *buildRun) awaitReady(ctx context.Context) error {
 	r.bd.note(stepFinalize, "waiting for ready command: "+clip(r.order.ready, 500))
 	ctx, cancel := context.WithTimeoutCause(ctx, readyTimeout, sandbox.Invalidf("ready command timed out after %v", readyTimeout))
 	defer cancel()
-	last := ""
+	var last []string
 	for {
-		status, err := r.client.run(ctx, command{text: r.order.ready, guest: r.guest}, func(level, line string) {
-			r.bd.output(level, stepFinalize, line)
+		var said []string
+		status, err := r.client.run(ctx, command{text: r.order.ready, guest: r.guest}, func(_, line string) {
+			said = append(said, line)[:min(len(said)+1, maxReadyLines)]
 		})
 		if err != nil {
 			return err
@@ -150,9 +154,9 @@ func (r *buildRun) awaitReady(ctx context.Context) error {
 			r.bd.note(stepFinalize, "ready command succeeded")
 			return nil
 		}
-		if status != last {
-			r.bd.note(stepFinalize, "not ready yet: "+status)
-			last = status
+		if said = append(said, "not ready yet: "+status); !slices.Equal(said, last) { // many tries say the same
+			r.bd.notes(stepFinalize, said)
+			last = said
 		}
 		if !pause(ctx, readyRetry) {
 			return context.Cause(ctx)

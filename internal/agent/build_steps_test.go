@@ -17,6 +17,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	agentv1 "github.com/cloister-dev/cloister/internal/gen/agent/v1"
+	"github.com/cloister-dev/cloister/internal/image"
 	"github.com/cloister-dev/cloister/internal/sandbox"
 )
 
@@ -467,5 +468,60 @@ func FuzzOutputLines(f *testing.F) {
 		if most := bytes.Count(one, []byte("\n")) + bytes.Count(two, []byte("\n")) + 1 + (len(one)+len(two))/maxOutputLine; total > most {
 			t.Errorf("%d lines of at most %d", total, most)
 		}
+	})
+}
+
+func TestBuildFreesWhatItMade(t *testing.T) {
+	bubble(t, func(m *machine) {
+		t := m.t
+		s := newShop(m)
+		n := m.boot()
+		s.do = func(c ran) result {
+			s.writes(c, "after "+c.Cfg.GetArgs()[2])
+			return result{}
+		}
+		fetches := 0
+		m.images.build = func(context.Context, image.Request, func(image.Progress)) (image.Image, error) {
+			fetches++
+			return m.images.add("fetched"), nil
+		}
+		req := withSteps("b-1")
+		req.BaseImageDigest, req.BaseGuest, req.Sources, req.Steps = "", nil, []string{"registry.test/x:1"}, req.Steps[1:2]
+		first := n.await(n.ask(req))
+		req.BuildId = "b-2"
+		req.Steps = append(req.Steps, &agentv1.BuildStep{Type: "RUN", Args: []string{"more"}})
+		b := n.await(n.ask(req))
+		if fetches != 1 || !has(messages(b), "base info: CACHED base image") {
+			t.Errorf("%d fetches: %v", fetches, messages(b))
+		}
+		req.BuildId, req.RegistryUsername = "b-3", "somebody else"
+		n.await(n.ask(req))
+		req.BuildId, req.RegistryUsername, req.Force = "b-4", "", true
+		n.await(n.ask(req))
+		if fetches != 3 {
+			t.Errorf("%d fetches with other credentials and by force", fetches)
+		}
+		// Of the first build's image, which the second began with, the template is in need, of the fetched one the next build.
+		release := func(digest string) {
+			t.Helper()
+			if _, err := n.RemoveTemplate(t.Context(), &agentv1.RemoveTemplateRequest{TemplateId: "t1", ImageDigest: digest}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if got := len(m.images.have); got != 4 {
+			t.Errorf("%d images", got)
+		}
+		release(first.GetImageDigest())
+		release(b.GetImageDigest())
+		n.eventually("only the base is left", func() bool {
+			ims, err := m.images.List(t.Context())
+			return err == nil && len(ims) == 2
+		})
+		n.down()
+		n = m.boot()
+		n.eventually("nothing of builds is left", func() bool {
+			ims, err := m.images.List(t.Context())
+			return err == nil && len(ims) == 1
+		})
 	})
 }

@@ -52,8 +52,11 @@ func (a *Agent) templateBuilt(template sandbox.TemplateID, digest string) {
 	a.outdate(func(k poolKey, p *pool) bool { return p.template == template && k.digest != digest })
 }
 
-// imageUsed reports whether a sandbox or a checkpoint needs an image.
+// imageUsed reports whether a sandbox, a checkpoint or a build needs an image.
 func (a *Agent) imageUsed(digest string) bool {
+	if a.builds.needs(digest) {
+		return true
+	}
 	for _, m := range a.saves.List() {
 		if m.ImageDigest == digest {
 			return true
