@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -70,9 +71,8 @@ func testSaveGenerations(t *testing.T, m Machine) {
 	t.Helper()
 	e, spec := m.Open(t), m.Holding(t)
 	start(t, e, spec)
-	text := ""
-	for range 4 {
-		text += "x"
+	for i := range 4 {
+		text := strings.Repeat("x", i+1)
 		m.Put(t, spec, text, text)
 		dir := save(t, e, spec.ID, engine.SaveSpec{Kind: engine.SaveMemory, Hold: true})
 		stop(t, e, spec.ID)
@@ -134,7 +134,7 @@ func testSaveLayer(t *testing.T, m Machine) {
 // layerHas reports whether a file of an archive holds text alone.
 func layerHas(t *testing.T, file, text string) bool {
 	t.Helper()
-	f, err := os.Open(file)
+	f, err := os.Open(file) //nolint:gosec // the test's own
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -238,31 +238,7 @@ func testCheckpointRefused(t *testing.T, m Machine) {
 	for _, kind := range []engine.SaveKind{engine.SaveMemory, engine.SaveFiles} {
 		refused("empty directory", t.TempDir(), sandbox.ErrInvalid)
 		dir := save(t, e, spec.ID, engine.SaveSpec{Kind: kind})
-		entries, err := os.ReadDir(dir)
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, entry := range entries {
-			path := filepath.Join(dir, entry.Name())
-			raw, err := os.ReadFile(path) //nolint:gosec // the test's own
-			if err != nil {
-				t.Fatal(err)
-			}
-			for what, change := range map[string]func() error{
-				"missing": func() error { return os.Remove(path) },
-				"cut off": func() error { return os.WriteFile(path, raw[:len(raw)/2], 0o600) },
-			} {
-				if err := change(); err != nil {
-					t.Fatal(err)
-				}
-				if len(raw) > 0 || what == "missing" {
-					refused(string(kind)+" "+entry.Name()+" "+what, dir, sandbox.ErrInvalid)
-				}
-				if err := os.WriteFile(path, raw, 0o600); err != nil {
-					t.Fatal(err)
-				}
-			}
-		}
+		damage(t, dir, func(what string) { refused(string(kind)+" "+what, dir, sandbox.ErrInvalid) })
 		m.Age(t, dir)
 		refused("another version's", dir, sandbox.ErrUnsupported)
 	}
@@ -274,4 +250,32 @@ func testCheckpointRefused(t *testing.T, m Machine) {
 	}
 	stop(t, e, spec.ID)
 	wantNothing(t, m, e)
+}
+
+// damage calls f for each file of a checkpoint, with the file missing and with it cut off.
+func damage(t *testing.T, dir string, f func(what string)) {
+	t.Helper()
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, entry := range entries {
+		path := filepath.Join(dir, entry.Name())
+		raw, err := os.ReadFile(path) //nolint:gosec // the test's own
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Remove(path); err != nil {
+			t.Fatal(err)
+		}
+		f(entry.Name() + " missing")
+		for _, n := range []int{len(raw) / 2, len(raw)} { // the second makes it whole again
+			if err := os.WriteFile(path, raw[:n], 0o600); err != nil { //nolint:gosec // as above
+				t.Fatal(err)
+			}
+			if n < len(raw) {
+				f(entry.Name() + " cut off")
+			}
+		}
+	}
 }

@@ -107,7 +107,7 @@ func TestSaveHooks(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		time.Sleep(time.Hour) // of a clock that does not wait
+		<-time.After(time.Hour) // of a clock that does not wait
 		after, err := e.Stats(ctx, s.ID)
 		if err != nil || after.CPUTime != before.CPUTime || !h.Still(s.ID) {
 			t.Errorf("got %v after %v, %v, want no processor time", after.CPUTime, before.CPUTime, err)

@@ -117,7 +117,7 @@ func useSentry(path string) (*os.File, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open sentry: %w", err)
 	}
-	f := os.NewFile(uintptr(fd), path) //nolint:gosec // a descriptor
+	f := os.NewFile(uintptr(fd), path)
 	specutils.ExePath = fmt.Sprintf("/proc/self/fd/%d", f.Fd())
 	return f, nil
 }

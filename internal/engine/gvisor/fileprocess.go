@@ -91,9 +91,9 @@ func startFileServer(ctx context.Context, files map[string]*os.File, write bool,
 	if err != nil {
 		return nil, fmt.Errorf("make a socket: %w", err)
 	}
-	server := os.NewFile(uintptr(pair[0]), "server")                //nolint:gosec // a descriptor
-	defer func() { _ = server.Close() }()                           // the process has its own
-	p := &fileProcess{sock: os.NewFile(uintptr(pair[1]), "sentry")} //nolint:gosec // a descriptor
+	server := os.NewFile(uintptr(pair[0]), "server")
+	defer func() { _ = server.Close() }() // the process has its own
+	p := &fileProcess{sock: os.NewFile(uintptr(pair[1]), "sentry")}
 	if err := p.start(ctx, server, files, servingArgs{Write: write, Files: map[string]int{}}, in); err != nil {
 		_ = p.sock.Close() // nothing was written
 		return nil, err
@@ -118,7 +118,7 @@ func (p *fileProcess) start(ctx context.Context, sock *os.File, files map[string
 	if err != nil {
 		return fmt.Errorf("encode arguments: %w", err)
 	}
-	cmd := exec.CommandContext(ctx, specutils.ExePath)
+	cmd := exec.CommandContext(ctx, specutils.ExePath) //nolint:gosec // this program or the sentry
 	cmd.Args = []string{fileServerName, string(raw)}
 	cmd.Env = []string{}
 	cmd.ExtraFiles = passed

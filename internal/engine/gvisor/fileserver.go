@@ -189,7 +189,7 @@ func (s *fileServer) register(req *stateipc.RegisterClientFileRequest, fds []int
 	if st.Mode&unix.S_IFMT != unix.S_IFREG || st.Size < 0 || req.Size > uint64(st.Size) {
 		return 0, fmt.Errorf("a file of mode %o and %d bytes, said to have %d", st.Mode, st.Size, req.Size)
 	}
-	dup, err := unix.FcntlInt(uintptr(fds[0]), unix.F_DUPFD_CLOEXEC, 0) //nolint:gosec // a descriptor
+	dup, err := unix.FcntlInt(uintptr(fds[0]), unix.F_DUPFD_CLOEXEC, 0)
 	if err != nil {
 		return 0, err
 	}

@@ -55,7 +55,7 @@ func writeLayer(out *os.File, tree io.Reader, disk *os.File) error {
 	if err := unix.Fstat(int(disk.Fd()), &st); err != nil {
 		return err
 	}
-	w := &layerWriter{out: out, disk: disk, diskSize: uint64(max(st.Size, 0))} //nolint:gosec // not negative
+	w := &layerWriter{out: out, disk: disk, diskSize: uint64(max(st.Size, 0))}
 	for _, name := range slices.Sorted(maps.Keys(entries)) {
 		if err := w.entry(entries[name]); err != nil {
 			return fmt.Errorf("layer entry %.200q: %w", name, err)
@@ -84,22 +84,17 @@ func readTree(tree io.Reader) (map[string]*layerEntry, error) {
 		if name == "." {
 			continue // the root itself
 		}
-		if h.Typeflag == tar.TypeLink {
-			target, err := layerName(h.Linkname)
-			if err != nil {
+		if h.Typeflag != tar.TypeLink {
+			if entries[name], err = readEntry(tr, h, name); err != nil {
 				return nil, err
 			}
-			links[target] = append(links[target], name)
 			continue
 		}
-		e := &layerEntry{header: *h}
-		e.header.Name = name
-		if h.Typeflag == tar.TypeReg {
-			if e.header.Size, e.segments, err = readSegments(tr, h.Size); err != nil {
-				return nil, fmt.Errorf("read %.200q: %w", name, err)
-			}
+		target, err := layerName(h.Linkname)
+		if err != nil {
+			return nil, err
 		}
-		entries[name] = e
+		links[target] = append(links[target], name)
 	}
 	for target, names := range links {
 		if err := linkUp(entries, target, names); err != nil {
@@ -107,6 +102,20 @@ func readTree(tree io.Reader) (map[string]*layerEntry, error) {
 		}
 	}
 	return convert(entries)
+}
+
+// readEntry reads an entry that is no link.
+func readEntry(r io.Reader, h *tar.Header, name string) (*layerEntry, error) {
+	e := &layerEntry{header: *h}
+	e.header.Name = name
+	if h.Typeflag != tar.TypeReg {
+		return e, nil
+	}
+	var err error
+	if e.header.Size, e.segments, err = readSegments(r, h.Size); err != nil {
+		return nil, fmt.Errorf("read %.200q: %w", name, err)
+	}
+	return e, nil
 }
 
 // layerName returns the name of an entry relative to the root, or "." for the root.
@@ -152,7 +161,7 @@ func readSegments(r io.Reader, length int64) (int64, []segment, error) {
 			out = append(out, s)
 		}
 	}
-	return int64(size), out, nil //nolint:gosec // at most maxLayerFile
+	return int64(size), out, nil
 }
 
 // linkUp makes the first of an entry's names, in order, the entry, and the others links to it.

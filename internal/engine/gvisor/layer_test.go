@@ -51,10 +51,11 @@ func describeLayer(tb testing.TB, file string) []string {
 		if h.ModTime.Unix() < 1e9 {
 			line += fmt.Sprintf(" at %d", h.ModTime.Unix())
 		}
-		for k, v := range h.PAXRecords {
-			if strings.HasPrefix(k, paxXattr) {
-				line += " " + strings.TrimPrefix(k, paxXattr) + "=" + v
-			}
+		if v := h.PAXRecords[opaqueXattr]; v != "" {
+			line += " opaque"
+		}
+		if v := h.PAXRecords[paxXattr+"user.color"]; v != "" {
+			line += " user.color=" + v
 		}
 		out = append(out, line)
 	}
@@ -127,7 +128,8 @@ func sampleTree(tb testing.TB, kind int) []byte {
 		{{Typeflag: tar.TypeReg, Name: "./b", Size: int64(len(content))}, {Typeflag: tar.TypeLink, Name: "./a", Linkname: "./b"}},
 		{
 			{Typeflag: tar.TypeDir, Name: "./d/", PAXRecords: map[string]string{opaqueXattr: "y"}},
-			{Typeflag: tar.TypeChar, Name: "./gone"}, {Typeflag: tar.TypeSymlink, Name: "./s", Linkname: "../../x"},
+			{Typeflag: tar.TypeChar, Name: "./gone"},
+			{Typeflag: tar.TypeSymlink, Name: "./s", Linkname: "../../x"},
 		},
 	}[kind] {
 		if err := w.WriteHeader(h); err != nil {

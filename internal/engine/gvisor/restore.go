@@ -72,7 +72,7 @@ func askingStart(files []uintptr) (*starting, error) {
 		return nil, fmt.Errorf("a server with %d files", len(files))
 	}
 	raw := make([]byte, maxServerFile)
-	n, err := unix.Pread(int(files[serverOpts]), raw, 0) //nolint:gosec // a descriptor
+	n, err := unix.Pread(int(files[serverOpts]), raw, 0)
 	if err != nil {
 		return nil, fmt.Errorf("read %s: %w", serverFile, err)
 	}
@@ -84,7 +84,7 @@ func askingStart(files []uintptr) (*starting, error) {
 	if !ok {
 		return nil, fmt.Errorf("no start in %s", bundle)
 	}
-	return s.(*starting), nil
+	return s.(*starting), nil //nolint:errcheck // nothing else is stored
 }
 
 // image is where gVisor looks for the checkpoint.
@@ -134,7 +134,7 @@ func (s *starting) serve(sock uintptr) error {
 		}
 	}()
 	for _, name := range kindFiles(s.from.Kind) {
-		f, err := os.Open(filepath.Join(s.spec.Checkpoint, name))
+		f, err := os.Open(filepath.Join(s.spec.Checkpoint, name)) //nolint:gosec // the node chose the path
 		if err != nil {
 			return fmt.Errorf("open checkpoint: %w", err)
 		}

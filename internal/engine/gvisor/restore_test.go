@@ -63,6 +63,7 @@ func TestRestoredConnections(t *testing.T) {
 // TestRestoredLimits checks that the memory of a guest that starts from a checkpoint counts as its own, and is limited.
 func TestRestoredLimits(t *testing.T) {
 	disks(t, func(t *testing.T, p place, _ bool) {
+		t.Helper()
 		const heap = 96 << 20
 		e := p.open(t)
 		s, w := p.servingIn(t, e, 0)
@@ -100,6 +101,7 @@ func TestRestoredLimits(t *testing.T) {
 // TestManySaves checks that saving a guest, or going from checkpoint to checkpoint, uses nothing up.
 func TestManySaves(t *testing.T) {
 	disks(t, func(t *testing.T, p place, _ bool) {
+		t.Helper()
 		e := p.open(t)
 		s, w := p.servingIn(t, e, 0)
 		w.ask(t, "write /tmp/a 8388608")

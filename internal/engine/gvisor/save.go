@@ -154,7 +154,7 @@ func (s *saving) write(ctx context.Context) (engine.Saved, error) {
 		s.share = true
 	}
 	if s.spec.Hold || layer { // a layer is written after the sentry is done
-		if _, err := s.e.freeze(ctx, s.g); err != nil {
+		if err := s.e.freeze(ctx, s.g); err != nil {
 			return engine.Saved{}, err
 		}
 	}

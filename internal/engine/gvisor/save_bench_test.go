@@ -24,14 +24,14 @@ func (p place) sentryAlone(b *testing.B) place {
 		b.Fatal(err)
 	}
 	b.Cleanup(func() { _ = os.RemoveAll(dir) })
-	if err := os.Chmod(dir, 0o755); err != nil { //nolint:gosec // as above
+	if err := os.Chmod(dir, 0o755); err != nil {
 		b.Fatal(err)
 	}
 	p.exe = filepath.Join(dir, "sentry")
 	if err := goBuild(p.exe, "./testdata/sentry"); err != nil {
 		b.Fatal(err)
 	}
-	if err := os.Chmod(p.exe, 0o755); err != nil { //nolint:gosec // as above
+	if err := os.Chmod(p.exe, 0o755); err != nil {
 		b.Fatal(err)
 	}
 	return p
@@ -187,5 +187,5 @@ func free(b *testing.B, dir string) int64 {
 	if err := unix.Statfs(dir, &st); err != nil {
 		b.Fatal(err)
 	}
-	return int64(st.Bfree) * st.Bsize //nolint:gosec // a disk's size
+	return int64(st.Bfree) * st.Bsize
 }

@@ -17,7 +17,7 @@ func plainLimits() sandbox.Resources {
 // save saves a guest into a new directory.
 func (p place) save(tb testing.TB, e *Engine, id sandbox.ID, spec engine.SaveSpec) (string, engine.Saved) {
 	tb.Helper()
-	dir, err := os.MkdirTemp(p.saves, "")
+	dir, err := os.MkdirTemp(p.saves, "") //nolint:usetesting // on the file system under test
 	if err != nil {
 		tb.Fatal(err)
 	}
@@ -61,6 +61,7 @@ func disks(t *testing.T, f func(t *testing.T, p place, sharing bool)) {
 
 func TestSaveKeepsWhatThereWas(t *testing.T) {
 	disks(t, func(t *testing.T, p place, sharing bool) {
+		t.Helper()
 		for _, kind := range []engine.SaveKind{engine.SaveMemory, engine.SaveFiles} {
 			t.Run(string(kind), func(t *testing.T) {
 				const size = 16 << 20

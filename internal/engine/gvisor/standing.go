@@ -39,19 +39,19 @@ func (e *Engine) Thaw(ctx context.Context, id sandbox.ID) error {
 	return nil
 }
 
-// freeze makes a guest stand still, unless it does. It returns whether it did.
-func (e *Engine) freeze(ctx context.Context, g *guest) (bool, error) {
+// freeze makes a guest stand still, unless it does.
+func (e *Engine) freeze(ctx context.Context, g *guest) error {
 	still, err := e.settle(ctx, g)
 	if err != nil || still {
-		return false, err
+		return err
 	}
 	if err := g.note(standsUnsure); err != nil {
-		return false, err
+		return err
 	}
 	if err := e.call(ctx, g, runscboot.ContMgrPause, nil); err != nil {
-		return false, err
+		return err
 	}
-	return true, g.note(standsStill)
+	return g.note(standsStill)
 }
 
 // thaw lets a guest go on, unless it does.
@@ -148,8 +148,7 @@ func (e *Engine) callWith(ctx context.Context, g *guest, method string, arg, res
 	if ctx.Err() != nil && err != nil {
 		return fmt.Errorf("%w: %s: %w", sandbox.ErrUnavailable, method, ctx.Err())
 	}
-	var remote urpc.RemoteError
-	if errors.As(err, &remote) {
+	if remote, ok := errors.AsType[urpc.RemoteError](err); ok {
 		return fmt.Errorf("%w: %s: %s", sandbox.ErrUnavailable, method, oneLine([]byte(remote.Message)))
 	}
 	if err != nil {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -94,7 +95,7 @@ func TestUnsure(t *testing.T) {
 	if got := w.ask(t, "host"); got != "box-1" {
 		t.Error(got)
 	}
-	if _, err := e.freeze(testContext(t), g); err != nil {
+	if err := e.freeze(testContext(t), g); err != nil {
 		t.Fatal(err)
 	}
 	if err := g.note(standsUnsure); err != nil {
@@ -117,18 +118,19 @@ func TestUnsure(t *testing.T) {
 // TestSaveKilled kills the process that saves, at several moments. The guest must not end, and go on when told to.
 func TestSaveKilled(t *testing.T) {
 	disks(t, func(t *testing.T, p place, _ bool) {
+		t.Helper()
 		e := p.open(t)
 		s, w := p.servingIn(t, e, 0)
 		w.ask(t, "write /tmp/a 33554432")
 		w.ask(t, "alloc 33554432")
 		w.ask(t, "tick /tmp/ticks")
 		for i, kind := range []engine.SaveKind{engine.SaveMemory, engine.SaveFiles, engine.SaveLayer, engine.SaveMemory} {
-			for _, after := range []time.Duration{4, 9, 15, 22, 30, 60} {
+			for _, after := range []int{15, 25, 35, 50, 75, 110} {
 				dir := filepath.Join(p.saves, fmt.Sprintf("%d-%d", i, after))
 				if err := os.Mkdir(dir, 0o700); err != nil {
 					t.Fatal(err)
 				}
-				helpElsewhere(t, p, help{Save: &engine.SaveSpec{Kind: kind, Dir: dir, Hold: i%2 == 0}, ID: s.ID}, after*time.Millisecond)
+				helpElsewhere(t, p, help{Save: &engine.SaveSpec{Kind: kind, Dir: dir, Hold: i%2 == 0}, ID: s.ID}, time.Duration(after)*time.Millisecond)
 				if err := p.open(t).Thaw(testContext(t), s.ID); err != nil {
 					t.Fatalf("%s killed after %d ms: %v", kind, after, err)
 				}
@@ -154,7 +156,7 @@ func TestSaveFails(t *testing.T) {
 	command(t, "mount", "-t", "tmpfs", "-o", "size=8m", "none", small)
 	t.Cleanup(func() { command(t, "umount", small) })
 	for i, hold := range []bool{false, true} {
-		dir := filepath.Join(small, fmt.Sprint(i))
+		dir := filepath.Join(small, strconv.Itoa(i))
 		if err := os.Mkdir(dir, 0o700); err != nil {
 			t.Fatal(err)
 		}

@@ -232,7 +232,11 @@ func (s *starting) begin(ctx context.Context) error {
 		case engine.SaveMemory:
 			return s.boxed.Restore(&s.conf, s.oci, string(s.spec.ID), s.image(), false, false, nil)
 		case engine.SaveFiles:
-			return errors.Join(s.boxed.StartRoot(&s.conf, s.oci), s.boxed.WaitFSRestore(string(s.spec.ID)))
+			if err := s.boxed.StartRoot(&s.conf, s.oci); err != nil {
+				return err
+			}
+			return s.boxed.WaitFSRestore(string(s.spec.ID))
+		case engine.SaveLayer: // no start gets here with one
 		}
 		return s.boxed.StartRoot(&s.conf, s.oci)
 	})

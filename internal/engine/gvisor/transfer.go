@@ -78,7 +78,7 @@ func (s *fileServer) number(err error) int32 {
 		errno = unix.EIO
 	}
 	s.errno.CompareAndSwap(0, int64(errno))
-	return int32(errno) //nolint:gosec // an errno
+	return int32(errno)
 }
 
 // parseTransfers reads a request. It must be of our own memory.

@@ -2,7 +2,6 @@ package gvisor
 
 import (
 	"errors"
-	"gvisor.dev/gvisor/runsc/specutils"
 	"os"
 	"path/filepath"
 	"strings"
@@ -11,6 +10,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
+	"gvisor.dev/gvisor/runsc/specutils"
 
 	"github.com/cloister-dev/cloister/internal/engine"
 	"github.com/cloister-dev/cloister/internal/sandbox"
