@@ -63,7 +63,7 @@ func (s *Store) fromSources(ctx context.Context, sources []Source, req Request, 
 			s.log.WarnContext(ctx, "image source unusable", slog.String("source", src.String()), slog.Any("err", err))
 		}
 	}
-	return Image{}, fmt.Errorf("build image: %w", errors.Join(failures...))
+	return Image{}, fmt.Errorf("build image: %w", full(errors.Join(failures...)))
 }
 
 func (s *Store) fromSource(ctx context.Context, src Source, req Request, report func(Progress)) (img Image, err error) {
@@ -82,7 +82,7 @@ func (s *Store) fromSource(ctx context.Context, src Source, req Request, report 
 	}
 	b.reportXattrs()
 	report(Progress{Step: "finalize", Fraction: filledShare, Message: "adding the guest agent and its user"})
-	if b.image.GuestDigest, err = s.finalize(b.tree); err != nil {
+	if b.image.GuestDigest, err = s.finalize(b.tree, b.fitted()); err != nil {
 		return Image{}, fmt.Errorf("fit out the image: %w", err)
 	}
 	if err := b.pack(ctx); err != nil {
@@ -90,6 +90,9 @@ func (s *Store) fromSource(ctx context.Context, src Source, req Request, report 
 	}
 	return b.publish()
 }
+
+// fitted reports whether the source is an image that was fitted out for sandboxes before Push wrote it.
+func (b *build) fitted() bool { return b.image.Config.Labels[LabelRootFS] == rootFSRules }
 
 // reportXattrs says that sandboxes will not see everything that the sources had.
 func (b *build) reportXattrs() {
@@ -173,7 +176,7 @@ func (b *build) pack(ctx context.Context) error {
 		err = f.Sync()
 	}
 	if err := errors.Join(err, f.Close()); err != nil {
-		return fmt.Errorf("write the image: %w", full(b.store.cfg.Dir, err))
+		return fmt.Errorf("write the image: %w", full(err))
 	}
 	b.image.Digest = out.digest()
 	return nil
@@ -194,8 +197,11 @@ func (b *build) publish() (Image, error) {
 	if err != nil {
 		return Image{}, fmt.Errorf("record image %s: %w", b.image.Digest, err)
 	}
+	if len(record) >= maxRecord {
+		return Image{}, sandbox.Invalidf("the image's configuration has %d bytes; less than %d are allowed", len(record), maxRecord)
+	}
 	if err := writeSynced(filepath.Join(dir, recordFile), append(record, '\n')); err != nil {
-		return Image{}, fmt.Errorf("record image %s: %w", b.image.Digest, err)
+		return Image{}, fmt.Errorf("record image %s: %w", b.image.Digest, full(err))
 	}
 	if err := moveSynced(dir, to); err != nil {
 		return Image{}, fmt.Errorf("keep image %s: %w", b.image.Digest, err)

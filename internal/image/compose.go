@@ -100,7 +100,7 @@ func (s *Store) compose(ctx context.Context, base Image, layers []string, report
 	}
 	work, err := os.MkdirTemp(s.tempDir(), "compose-")
 	if err != nil {
-		return Image{}, full(s.cfg.Dir, err)
+		return Image{}, full(err)
 	}
 	b := &build{store: s, report: report, work: work, image: Image{
 		Source: base.Source, Resolved: base.Resolved, GuestDigest: base.GuestDigest, CreatedAt: time.Now().UTC(),
@@ -190,8 +190,20 @@ func (g given) restore(t *tree.Tree) error {
 	return nil
 }
 
-// freeNotes deletes what is remembered of images that are gone.
+// freeNotes deletes what is remembered of images and layers that are gone.
 func (s *Store) freeNotes(ctx context.Context) error {
+	blobs, err := os.ReadDir(s.blobDir())
+	if err != nil {
+		return err
+	}
+	for _, e := range blobs {
+		if _, err := s.Get(ctx, "sha256:"+e.Name()); err == nil || s.hasLayer("sha256:"+e.Name()) {
+			continue
+		}
+		if err := s.removeFile(filepath.Join(s.blobDir(), e.Name())); err != nil {
+			return err
+		}
+	}
 	entries, err := os.ReadDir(s.composedDir())
 	if err != nil {
 		return err

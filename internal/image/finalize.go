@@ -1,6 +1,7 @@
 package image
 
 import (
+	"bytes"
 	"errors"
 	"path"
 	"slices"
@@ -24,8 +25,9 @@ type finalizer struct {
 	now int64
 }
 
-// finalize returns the digest of the agent that it put into the tree, or "" where there is none.
-func (s *Store) finalize(t *tree.Tree) (guestDigest string, err error) {
+// finalize returns the digest of the agent that it put into the tree, or "" where there is none. A tree that was fitted out
+// before gets the agent and the network's files of this node, nothing else.
+func (s *Store) finalize(t *tree.Tree, fitted bool) (guestDigest string, err error) {
 	var guest []byte
 	if s.cfg.Guest != nil {
 		if guest, err = s.cfg.Guest(); err != nil {
@@ -34,16 +36,15 @@ func (s *Store) finalize(t *tree.Tree) (guestDigest string, err error) {
 		guestDigest = digestOf(guest)
 	}
 	f := finalizer{Tree: t, now: t.Newest()}
-	for _, step := range []func() error{
+	steps := []func() error{
 		f.directories,
 		func() error { return f.guest(guest) },
-		f.user,
 		func() error { return f.network(s.cfg.Nameservers) },
-		f.profile,
-		f.python,
-		f.services,
-		f.identity,
-	} {
+	}
+	if !fitted {
+		steps = append(steps, f.user, f.profile, f.python, f.services, f.identity)
+	}
+	for _, step := range steps {
 		if err := step(); err != nil {
 			return "", err
 		}
@@ -90,7 +91,22 @@ func (f finalizer) guest(binary []byte) error {
 	if len(binary) == 0 {
 		return nil
 	}
-	return f.ReplaceFile(GuestPath, binary, f.attr(0o755))
+	return f.ensure(GuestPath, binary, 0o755)
+}
+
+// ensure makes the path root's file with these contents. One that is so already keeps its time.
+func (f finalizer) ensure(name string, data []byte, perm uint32) error {
+	n := f.LookupLink(name)
+	if n != nil && n.Mode == unix.S_IFREG|perm && n.UID == 0 && n.GID == 0 && n.Size() == int64(len(data)) {
+		was, err := f.ReadFile(name, int64(len(data)))
+		if err != nil {
+			return err
+		}
+		if bytes.Equal(was, data) {
+			return nil
+		}
+	}
+	return f.ReplaceFile(name, data, f.attr(perm))
 }
 
 // text reads a text file of the image; one that does not exist has no lines, and nil says so.
@@ -235,7 +251,7 @@ func (f finalizer) network(nameservers []string) error {
 	for file, text := range map[string][]string{
 		"/etc/hostname": {guestHostname}, "/etc/hosts": hosts, "/etc/resolv.conf": resolv,
 	} {
-		if err := f.ReplaceFile(file, unlines(text), f.attr(0o644)); err != nil {
+		if err := f.ensure(file, unlines(text), 0o644); err != nil {
 			return err
 		}
 	}

@@ -6,6 +6,8 @@ import (
 	"encoding/json"
 	"fmt"
 	"sync"
+
+	"github.com/cloister-dev/cloister/internal/sandbox"
 )
 
 // flight is one running build and those who wait for it.
@@ -30,6 +32,14 @@ func (s *Store) Build(ctx context.Context, req Request, progress func(Progress))
 	sources, err := parseSources(req.Sources)
 	if err != nil {
 		return Image{}, err
+	}
+	if req.RegistryOnly {
+		for _, src := range sources {
+			if src.Kind != KindRegistry {
+				return Image{}, sandbox.Deniedf("image source %q is on the node itself, which is not allowed here; for a registry's image "+
+					"of that name say \"docker://\" before it", src)
+			}
+		}
 	}
 	if progress == nil {
 		progress = func(Progress) {}

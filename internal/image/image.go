@@ -75,7 +75,7 @@ type Request struct {
 
 // Progress is one step forward.
 type Progress struct {
-	// Step is from a closed set: "source", "pull", "bootstrap", "unpack", "finalize", "pack".
+	// Step is from a closed set: "source", "pull", "bootstrap", "unpack", "finalize", "pack", "push".
 	Step string
 	// Fraction of the whole build that is done, 0 to 1. It starts again when the next source is tried.
 	Fraction float64
@@ -172,7 +172,7 @@ func New(cfg Config) (*Store, error) {
 	s := &Store{cfg: cfg, log: cfg.Logger, flights: map[string]*flight{}, fresh: map[string]time.Time{}, tools: tools{
 		debootstrap: "debootstrap", keyringDir: "/usr/share/keyrings", scriptDir: "/usr/share/debootstrap/scripts",
 	}}
-	for _, dir := range []string{s.imageDir(), s.tempDir(), s.debDir(), s.debianDir(), s.layerDir(), s.stepDir(), s.composedDir()} {
+	for _, dir := range []string{s.imageDir(), s.tempDir(), s.debDir(), s.debianDir(), s.layerDir(), s.stepDir(), s.composedDir(), s.blobDir()} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, fmt.Errorf("open image store: %w", err)
 		}

@@ -13,13 +13,19 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-const cloneBuffer = 1 << 20
+const (
+	cloneBuffer = 1 << 20
+	// flushEvery is after how many bytes the disk is set to work, so that little is left to flush at the end.
+	flushEvery = 16 << 20
+)
 
 // imageWriter hashes an image while it is written, and shares blocks with another image where the file system can.
 type imageWriter struct {
 	file *os.File
 	sum  hash.Hash
 	at   int64
+	// flushed is up to where the disk was told to write.
+	flushed int64
 	// copies says that the file system does not share blocks.
 	copies bool
 	// shared is how many bytes are another file's too.
@@ -37,6 +43,11 @@ func (o *imageWriter) Write(p []byte) (int, error) {
 	n, err := o.file.WriteAt(p, o.at)
 	o.at += int64(n)
 	_, _ = o.sum.Write(p[:n])
+	if o.at-o.flushed >= flushEvery {
+		// Only a hint: Sync reports what cannot be written.
+		_ = unix.SyncFileRange(int(o.file.Fd()), o.flushed, o.at-o.flushed, unix.SYNC_FILE_RANGE_WRITE)
+		o.flushed = o.at
+	}
 	return n, err
 }
 

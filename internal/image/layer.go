@@ -85,10 +85,10 @@ func (s *Store) keepLayer(f *os.File, digest string) error {
 	return syncDir(s.layerDir())
 }
 
-// full gives a full disk its kind.
-func full(dir string, err error) error {
+// full gives a full disk its kind. The error below says which file could not be written.
+func full(err error) error {
 	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
-		return sandbox.Exhaustedf("the disk that %s is on is full: %v; free some room and try again", dir, err)
+		return sandbox.Exhaustedf("the disk is full: %v; free some room and try again", err)
 	}
 	return err
 }

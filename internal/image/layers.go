@@ -62,7 +62,7 @@ func (b *build) unpack(ctx context.Context, c *container) error {
 	}
 	cfg := c.config.Config
 	b.image.Config = RunConfig{
-		Env: cfg.Env, User: cfg.User, WorkDir: cfg.WorkingDir, Entrypoint: cfg.Entrypoint, Cmd: cfg.Cmd,
+		Env: cfg.Env, User: cfg.User, WorkDir: cfg.WorkingDir, Entrypoint: cfg.Entrypoint, Cmd: cfg.Cmd, Labels: cfg.Labels,
 	}
 	return nil
 }

@@ -33,7 +33,7 @@ func (s *Store) NewRecorder() *Recorder { return &Recorder{store: s, last: delta
 func (r *Recorder) Add(ctx context.Context, archive io.Reader) (layer Layer, err error) {
 	defer func() {
 		if err != nil {
-			err = fmt.Errorf("record a layer: %w", full(r.store.cfg.Dir, err))
+			err = fmt.Errorf("record a layer: %w", full(err))
 		}
 	}()
 	work, err := os.MkdirTemp(r.store.tempDir(), "layer-")

@@ -31,24 +31,24 @@ func (b *build) fromRegistry(ctx context.Context) error {
 	ctx, watch := newWatch(ctx, ref.Context().RegistryStr(), b.store.cfg.AnswerTimeout)
 	defer watch.stop()
 	b.report(Progress{Step: "pull", Message: "asking " + ref.Context().RegistryStr()})
-	img, err := remote.Image(ref, b.remoteOptions(ctx, watch)...)
+	img, err := remote.Image(ref, remoteOptions(ctx, watch, b.req.Username, b.req.Password)...)
 	if err != nil {
-		return registryError(ctx, err)
+		return registryError(ctx, "pull", err)
 	}
 	if digest, err := img.Digest(); err == nil {
 		b.image.Resolved = ref.Context().Name() + "@" + digest.String()
 	}
 	c, err := fromV1(img)
 	if err != nil {
-		return registryError(ctx, err)
+		return registryError(ctx, "pull", err)
 	}
-	return registryError(ctx, b.unpack(ctx, c))
+	return registryError(ctx, "pull", b.unpack(ctx, c))
 }
 
-func (b *build) remoteOptions(ctx context.Context, watch *watch) []remote.Option {
+func remoteOptions(ctx context.Context, watch *watch, username, password string) []remote.Option {
 	auth := remote.WithAuthFromKeychain(authn.DefaultKeychain)
-	if b.req.Username != "" || b.req.Password != "" {
-		auth = remote.WithAuth(authn.FromConfig(authn.AuthConfig{Username: b.req.Username, Password: b.req.Password}))
+	if username != "" || password != "" {
+		auth = remote.WithAuth(authn.FromConfig(authn.AuthConfig{Username: username, Password: password}))
 	}
 	return []remote.Option{
 		remote.WithContext(ctx), auth, remote.WithTransport(watch), remote.WithUserAgent("cloister"),
@@ -77,8 +77,8 @@ func fromV1(img v1.Image) (*container, error) {
 	return c, nil
 }
 
-// registryError gives what a registry said its kind.
-func registryError(ctx context.Context, err error) error {
+// registryError gives what a registry said its kind. verb is what was asked of it, "pull" or "push".
+func registryError(ctx context.Context, verb string, err error) error {
 	if err == nil {
 		return nil
 	}
@@ -89,7 +89,9 @@ func registryError(ctx context.Context, err error) error {
 	var network net.Error
 	switch {
 	case errors.As(err, &answer) && (answer.StatusCode == http.StatusUnauthorized || answer.StatusCode == http.StatusForbidden):
-		return sandbox.Deniedf("the registry refused: %v; give a user name and password that may pull", err)
+		return sandbox.Deniedf("the registry refused: %v; give a user name and password that may %s", err, verb)
+	case errors.As(err, &answer) && answer.StatusCode == http.StatusNotFound && verb == "push":
+		return sandbox.NotFoundf("the registry has no such repository: %v", err)
 	case errors.As(err, &answer) && answer.StatusCode == http.StatusNotFound:
 		return sandbox.NotFoundf("the registry has no such image: %v", err)
 	case errors.As(err, &answer), errors.As(err, &network):
@@ -127,6 +129,10 @@ func (w *watch) stop() {
 
 // RoundTrip implements http.RoundTripper.
 func (w *watch) RoundTrip(req *http.Request) (*http.Response, error) {
+	if req.Body != nil && req.Body != http.NoBody {
+		req = req.Clone(req.Context())
+		req.Body = w.watchSent(req)
+	}
 	resp, err := w.inner.RoundTrip(req)
 	if err != nil {
 		return nil, err
@@ -140,6 +146,36 @@ func (w *watch) RoundTrip(req *http.Request) (*http.Response, error) {
 	})}
 	resp.Body.(*watchedBody).timer.Stop() //nolint:forcetypeassert,errcheck // made above
 	return resp, nil
+}
+
+// watchSent ends the conversation when the registry stops taking what is sent.
+func (w *watch) watchSent(req *http.Request) io.ReadCloser {
+	host := req.URL.Host
+	timer := time.AfterFunc(stallTimeout, func() {
+		w.cancel(sandbox.Unavailablef("registry host %s took nothing for %s", host, stallTimeout))
+	})
+	timer.Stop()
+	return &sentBody{ReadCloser: req.Body, timer: timer}
+}
+
+// sentBody runs its timer between reads: while the network has the bytes.
+type sentBody struct {
+	io.ReadCloser
+	timer *time.Timer
+}
+
+func (b *sentBody) Read(p []byte) (int, error) {
+	b.timer.Stop()
+	n, err := b.ReadCloser.Read(p)
+	if err == nil {
+		b.timer.Reset(stallTimeout)
+	}
+	return n, err
+}
+
+func (b *sentBody) Close() error {
+	b.timer.Stop()
+	return b.ReadCloser.Close()
 }
 
 // watchedBody runs its timer only while a read waits.

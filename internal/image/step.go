@@ -95,7 +95,7 @@ func (s *Store) PutStep(key, layer string) error {
 func (s *Store) replace(path string, data []byte) error {
 	work, err := os.MkdirTemp(s.tempDir(), "record-")
 	if err != nil {
-		return full(s.cfg.Dir, err)
+		return full(err)
 	}
 	from := filepath.Join(work, "record")
 	err = writeSynced(from, data)
@@ -105,7 +105,7 @@ func (s *Store) replace(path string, data []byte) error {
 	if err == nil {
 		err = syncDir(filepath.Dir(path))
 	}
-	return full(s.cfg.Dir, errors.Join(err, os.RemoveAll(work)))
+	return full(errors.Join(err, os.RemoveAll(work)))
 }
 
 // claim says that something refers to the layers now, so that they need no grace any more. A Prune that runs may not have

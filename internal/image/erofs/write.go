@@ -45,7 +45,7 @@ func Write(ctx context.Context, w io.Writer, root *tree.Node, progress func(done
 	if progress == nil {
 		progress = func(int64, int64) {}
 	}
-	out := &writer{layout: l, out: bufio.NewWriterSize(w, bufferSize), progress: progress}
+	out := &writer{layout: l, out: bufio.NewWriterSize(w, bufferSize), progress: progress, zeros: make([]byte, blockSize)}
 	out.cloner, _ = w.(Cloner)
 	if err := out.all(ctx); err != nil {
 		return 0, err
@@ -62,6 +62,7 @@ type writer struct {
 	headDone bool
 	at       int64
 	scratch  []byte
+	zeros    []byte
 	progress func(done, total int64)
 	// cloner is nil where the writer cannot share; run is what it gets next.
 	cloner Cloner
@@ -117,9 +118,8 @@ func (w *writer) write(b []byte) {
 }
 
 func (w *writer) padTo(at int64) {
-	var zeros [blockSize]byte
 	for w.at < at {
-		w.write(zeros[:min(blockSize, at-w.at)])
+		w.write(w.zeros[:min(blockSize, at-w.at)])
 	}
 }
 
