@@ -29,6 +29,8 @@ import (
 var (
 	helperDir         = flag.String("helper.dir", "", "build an image in this store and exit")
 	helperSource      = flag.String("helper.source", "", "from this source")
+	helperBase        = flag.String("helper.base", "", "instead, compose on this image again and again")
+	helperLayers      = flag.String("helper.layers", "", "with these layers")
 	helperDebootstrap = flag.String("helper.debootstrap", "", "with this debootstrap")
 )
 
@@ -38,6 +40,11 @@ func runHelper() bool {
 		return false
 	}
 	s, err := New(Config{Dir: *helperDir})
+	if err == nil && *helperBase != "" {
+		err = composeForever(s, *helperBase, strings.Split(*helperLayers, ","))
+		_, _ = fmt.Fprintln(os.Stdout, "helper:", err)
+		return true
+	}
 	if err == nil {
 		fakeTools(s, *helperDebootstrap)
 		_, err = s.Build(context.Background(), Request{Sources: []string{*helperSource}}, func(p Progress) {
@@ -46,6 +53,20 @@ func runHelper() bool {
 	}
 	_, _ = fmt.Fprintln(os.Stdout, "helper:", err)
 	return true
+}
+
+// composeForever composes an image and removes it, until it is killed.
+func composeForever(s *Store, base string, layers []string) error {
+	for ctx := context.Background(); ; {
+		img, err := s.Compose(ctx, base, layers, nil)
+		if err != nil {
+			return err
+		}
+		_, _ = fmt.Fprintln(os.Stdout, img.Digest)
+		if err := s.Remove(ctx, img.Digest); err != nil {
+			return err
+		}
+	}
 }
 
 // fakeTools puts a script in place of debootstrap.
