@@ -26,6 +26,9 @@ func (a *Agent) saveCheckpoint(ctx context.Context, in *instance, id string, kin
 	}
 	saved, err := a.engine.Save(ctx, in.id, engine.SaveSpec{Dir: st.Dir(), Kind: engine.SaveKind(kind), Hold: hold})
 	if err != nil {
+		if cause := context.Cause(ctx); cause != nil {
+			err = cause // says who ended it, and why
+		}
 		return snapshot.Manifest{}, errors.Join(fmt.Errorf("save sandbox %s: %w", in.id, err), st.Discard())
 	}
 	r := in.record()

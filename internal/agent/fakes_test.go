@@ -35,6 +35,14 @@ func (f *fakeNet) restart() {
 	clear(f.known)
 }
 
+// wipe takes every network away, as a restart of the machine does.
+func (f *fakeNet) wipe() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	clear(f.exists)
+	clear(f.known)
+}
+
 func (f *fakeNet) ids() []sandbox.ID {
 	f.mu.Lock()
 	defer f.mu.Unlock()

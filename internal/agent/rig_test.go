@@ -73,9 +73,10 @@ type machine struct {
 	loopback func(c net.Conn, r *http.Request)
 	dials    int
 	// engine and saves may put something in front of the engine and the checkpoints.
-	engine func(engine.Engine) engine.Engine
-	saves  func(checkpoints) checkpoints
-	logger *slog.Logger
+	engine  func(engine.Engine) engine.Engine
+	network func(*fakeNet) network
+	saves   func(checkpoints) checkpoints
+	logger  *slog.Logger
 }
 
 func newMachine(tb testing.TB) *machine {
@@ -85,7 +86,8 @@ func newMachine(tb testing.TB) *machine {
 		server: &fakeServer{secret: []byte("0123456789abcdef0123456789abcdef")}, inits: map[sandbox.ID]initBody{},
 		opt:    journal.Options{Capacity: times(small(), 100)},
 		engine: func(e engine.Engine) engine.Engine { return e }, saves: func(c checkpoints) checkpoints { return c },
-		cfg: Config{ScratchDir: "/scratch", Name: "one", WarmMax: -1, MemoryPressure: func() bool { return false }},
+		network: func(f *fakeNet) network { return f },
+		cfg:     Config{ScratchDir: "/scratch", Name: "one", WarmMax: -1, MemoryPressure: func() bool { return false }},
 	}
 	m.images.add("one")
 	return m
@@ -125,7 +127,7 @@ func (m *machine) load() *node {
 		m.t.Fatal(err)
 	}
 	a, err := New(m.cfg, Deps{
-		Journal: j, Engine: m.engine(fake.New(m.host)), Network: m.net, Images: m.images, Snapshots: m.saves(store), Server: m.server,
+		Journal: j, Engine: m.engine(fake.New(m.host)), Network: m.network(m.net), Images: m.images, Snapshots: m.saves(store), Server: m.server,
 		Dial: m.dial, Registerer: prometheus.NewRegistry(), Logger: m.logger,
 	})
 	if err != nil {
