@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"strconv"
 	"testing"
 	"time"
 
@@ -25,7 +26,7 @@ const (
 // benchStore has a base image of the size of the default template: 15,000 files, 342 MiB.
 func benchStore(b *testing.B) (*Store, Image) {
 	b.Helper()
-	dir, err := os.MkdirTemp(*benchDir, "bench-")
+	dir, err := os.MkdirTemp(*benchDir, "bench-") //nolint:usetesting // on the file system of interest
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -39,7 +40,7 @@ func benchStore(b *testing.B) (*Store, Image) {
 	root := filepath.Join(dir, "root")
 	for i := range benchFiles {
 		_, _ = random.Read(data)
-		at := filepath.Join(root, fmt.Sprint(i%100), fmt.Sprint(i))
+		at := filepath.Join(root, strconv.Itoa(i%100), strconv.Itoa(i))
 		if i < 100 {
 			err = os.MkdirAll(filepath.Dir(at), 0o755)
 		}
@@ -61,7 +62,7 @@ func benchStore(b *testing.B) (*Store, Image) {
 func benchLayer(b *testing.B, s *Store, i int) string {
 	b.Helper()
 	r := s.NewRecorder()
-	l, err := r.Add(b.Context(), bytes.NewReader(tarOf(b, "app/main.py", fmt.Sprint(i), "7/7", "changed", "50/.wh.50", "")))
+	l, err := r.Add(b.Context(), bytes.NewReader(tarOf(b, "app/main.py", strconv.Itoa(i), "7/7", "changed", "50/.wh.50", "")))
 	if err != nil {
 		b.Fatal(err)
 	}

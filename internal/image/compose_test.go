@@ -10,6 +10,7 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -259,7 +260,7 @@ func TestRecorder(t *testing.T) {
 	assertNoLeftovers(t, s)
 }
 
-func stepKey(i int) string { return hashText(fmt.Sprint(i)) }
+func stepKey(i int) string { return hashText(strconv.Itoa(i)) }
 
 func TestSteps(t *testing.T) {
 	s := newStore(t, nil)
@@ -375,11 +376,12 @@ func TestChooseSteps(t *testing.T) {
 	cost := func(layer string) int64 { return int64(len(layer)) }
 	steps := []cachedStep{{"a", "xxx", at(1)}, {"b", "yy", at(3)}, {"c", "yy", at(2)}, {"d", "", at(0)}, {"e", "z", at(4)}}
 	keep, drop := chooseSteps(steps, 3, cost)
-	names := func(steps []cachedStep) (all string) {
+	names := func(steps []cachedStep) string {
+		var all strings.Builder
 		for _, step := range steps {
-			all += step.key
+			all.WriteString(step.key)
 		}
-		return all
+		return all.String()
 	}
 	if names(keep) != "ebcd" || names(drop) != "a" {
 		t.Errorf("kept %s, dropped %s", names(keep), names(drop))

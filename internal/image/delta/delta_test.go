@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"path"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -19,12 +20,16 @@ import (
 )
 
 func file(name, body string) tar.Header { return tar.Header{Name: name, Mode: 0o644, Linkname: body} }
-func dir(name string) tar.Header        { return tar.Header{Typeflag: tar.TypeDir, Name: name, Mode: 0o755} }
+
+func dir(name string) tar.Header { return tar.Header{Typeflag: tar.TypeDir, Name: name, Mode: 0o755} }
+
 func gone(name string) tar.Header {
 	at, base := path.Split(name)
 	return file(at+whiteout+base, "")
 }
+
 func opaqueDir(name string) []tar.Header { return []tar.Header{dir(name), file(name+"/"+opaque, "")} }
+
 func hard(to, name string) tar.Header {
 	return tar.Header{Typeflag: tar.TypeLink, Name: name, Linkname: to}
 }
@@ -229,6 +234,14 @@ func TestLayers(t *testing.T) {
 				if layer != nil {
 					layers = append(layers, layer)
 				}
+				want, err := fold(t, data)
+				if err != nil {
+					t.Fatal(err)
+				}
+				got, err := fold(t, layers...)
+				if diff := cmp.Diff(want, got); err != nil || diff != "" {
+					t.Errorf("files after step %d: %v (-archive +layers):\n%s", i, err, diff)
+				}
 			}
 		})
 	}
@@ -281,7 +294,7 @@ func TestExtendedAttributes(t *testing.T) {
 func TestReadRefuses(t *testing.T) {
 	many := make([]tar.Header, 0, 1001)
 	for i := range 1001 {
-		many = append(many, file(fmt.Sprint(i), ""))
+		many = append(many, file(strconv.Itoa(i), ""))
 	}
 	long := strings.Repeat("n", 256)
 	for name, data := range map[string][]byte{
