@@ -124,6 +124,9 @@ type Control struct {
 	catalog *catalog
 	builds  *builds
 	finder  *finder
+	saving  saving
+	// sweeps hands what nodes registered with to Run.
+	sweeps chan roll
 	// lookups bounds how often an id that is not in the index is asked for at its node.
 	lookups *rate.Limiter
 	secret  []byte
@@ -154,6 +157,7 @@ func New(ctx context.Context, cfg Config) (*Control, error) {
 		catalog: newCatalog(),
 		builds:  newBuilds(),
 		finder:  newFinder(),
+		sweeps:  make(chan roll, maxSweeps),
 		lookups: rate.NewLimiter(200, 200),
 	}
 	for _, n := range known {
@@ -169,6 +173,7 @@ const pruneEvery = time.Minute
 func (c *Control) Run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return c.runBuilds(ctx) })
+	g.Go(func() error { c.runSweeps(ctx); return nil })
 	g.Go(func() error {
 		tick := time.NewTicker(pruneEvery)
 		defer tick.Stop()

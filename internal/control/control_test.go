@@ -218,7 +218,7 @@ func TestFailedSandbox(t *testing.T) {
 	if err != nil || got.State != sandbox.StateFailed || got.Reason != "out of memory: limit 512 MiB" {
 		t.Errorf("%+v, %v", got, err)
 	}
-	_, err = c.Control.Connect(t.Context(), box.ID, time.Minute)
+	_, _, err = c.Control.Connect(t.Context(), box.ID, control.ConnectRequest{Timeout: time.Minute})
 	if !errors.Is(err, sandbox.ErrNotFound) || !strings.Contains(err.Error(), "out of memory") {
 		t.Error(err)
 	}

@@ -44,7 +44,21 @@ func sandboxFromWire(node sandbox.NodeID, w *agentv1.Sandbox) (sandbox.Sandbox, 
 		Metadata:     w.GetMetadata(),
 		StartedAt:    timeFromWire(w.GetStartedAt()), EndAt: timeFromWire(w.GetEndAt()), EndedAt: timeFromWire(w.GetEndedAt()),
 		Secure: w.GetSecure(), AllowInternet: w.GetAllowInternet(), GuestVersion: shared(w.GetGuestVersion()),
+		AutoPause: w.GetAutoPause(), AutoPauseKind: kindFromWire(w.GetAutoPauseKind()),
+		PausedAt: timeFromWire(w.GetPausedAt()), PausedKind: kindFromWire(w.GetPausedKind()), PausedBytes: w.GetPausedBytes(),
 	}, nil
+}
+
+// kindFromWire reads the kind of a checkpoint, which is empty where a node names none.
+func kindFromWire(w agentv1.CheckpointKind) sandbox.CheckpointKind {
+	switch w {
+	case agentv1.CheckpointKind_CHECKPOINT_KIND_MEMORY:
+		return sandbox.CheckpointMemory
+	case agentv1.CheckpointKind_CHECKPOINT_KIND_FILES:
+		return sandbox.CheckpointFiles
+	case agentv1.CheckpointKind_CHECKPOINT_KIND_UNSPECIFIED:
+	}
+	return ""
 }
 
 // shared returns an equal string of which the process holds one copy.

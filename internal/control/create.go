@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	agentv1 "github.com/cloister-dev/cloister/internal/gen/agent/v1"
@@ -26,6 +27,10 @@ type CreateRequest struct {
 	Resources     sandbox.Resources
 	Secure        bool
 	AllowInternet bool
+	// AutoPause has the timeout pause the sandbox instead of ending it; AutoPauseKind is what that keeps, memory where it is
+	// empty.
+	AutoPause     bool
+	AutoPauseKind sandbox.CheckpointKind
 	// IdempotencyKey makes a node answer a repeated request with the sandbox that it made before.
 	IdempotencyKey string
 }
@@ -52,12 +57,32 @@ func (c *Control) Create(ctx context.Context, req CreateRequest) (sandbox.Sandbo
 	if err != nil {
 		return sandbox.Sandbox{}, err
 	}
-	want := resourcesFromWire(msg.GetResources())
-	decision := c.fleet.place(scheduler.Request{Resources: want, ImageDigest: build.ImageDigest}, time.Now())
-	if len(decision.Candidates) == 0 {
-		return sandbox.Sandbox{}, refusal(decision)
+	decision, err := c.choose(build, resourcesFromWire(msg.GetResources()))
+	if err != nil {
+		return sandbox.Sandbox{}, err
 	}
 	return c.dispatch(ctx, decision, msg)
+}
+
+// choose asks the scheduler for nodes. What starts from a checkpoint can only start where that is.
+func (c *Control) choose(b sandbox.Build, want sandbox.Resources) (scheduler.Decision, error) {
+	req := scheduler.Request{Resources: want, ImageDigest: b.ImageDigest}
+	if b.Checkpoint != "" {
+		req.ImageDigest = b.ID
+	}
+	d := c.fleet.place(req, time.Now())
+	if len(d.Candidates) == 0 {
+		return d, refusal(d)
+	}
+	if b.Checkpoint == "" {
+		return d, nil
+	}
+	holders := c.fleet.holders(b.ID)
+	d.Candidates = slices.DeleteFunc(d.Candidates, func(n sandbox.NodeID) bool { return !slices.Contains(holders, n) })
+	if len(d.Candidates) == 0 {
+		return d, sandbox.Exhaustedf("no node that holds the saved state %s can take a sandbox now: %s", b.ID, d.Explain(explained))
+	}
+	return d, nil
 }
 
 // admit fills in what is missing and refuses what cannot be.
@@ -83,8 +108,15 @@ func (c *Control) createMessage(t sandbox.Template, b sandbox.Build, req CreateR
 	msg := &agentv1.CreateRequest{
 		TemplateId: string(t.ID), TemplateName: nameFor(t, req.Template), ImageDigest: b.ImageDigest,
 		Resources: resourcesToWire(want), Metadata: req.Metadata, Env: req.Env, Timeout: timeoutToWire(req.Timeout),
-		Secure: req.Secure, AllowInternet: req.AllowInternet, IdempotencyKey: req.IdempotencyKey,
-		CustomSize: want != own, Guest: guestToWire(b.Guest),
+		Secure: req.Secure || b.Secure, AllowInternet: req.AllowInternet, IdempotencyKey: req.IdempotencyKey,
+		CustomSize: want != own, Guest: guestToWire(b.Guest), AutoPause: req.AutoPause,
+	}
+	if req.AutoPause {
+		kind, err := kindToWire(req.AutoPauseKind)
+		if err != nil {
+			return nil, fmt.Errorf("auto_pause_kind: %w", err)
+		}
+		msg.AutoPauseKind = kind
 	}
 	if b.Checkpoint != "" {
 		if want != own {

@@ -6,7 +6,7 @@
 //
 // A create goes validate -> resolve -> place -> dispatch -> index; all of it is in create.go.
 //
-// A Control is safe for concurrent use. Run owns its goroutines: those that follow builds, and the one that forgets
-// ended sandboxes. Locks: index.mu, fleet.mu, catalog.mu, builds.mu and finder.mu; none is held while another is taken,
-// and none during I/O.
+// A Control is safe for concurrent use. Run owns its goroutines: those that follow builds, the one that forgets ended
+// sandboxes, and the one that removes from nodes what a crash left there. Locks: index.mu, fleet.mu, catalog.mu, builds.mu,
+// saving.mu and finder.mu; none is held while another is taken, and none during I/O.
 package control

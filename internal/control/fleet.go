@@ -184,6 +184,11 @@ func (f *fleet) dispatch(id sandbox.NodeID, r sandbox.Resources) (done func(*age
 	return func(load *agentv1.Load) { f.send(id, sandbox.Resources{}.Sub(r), -1, load) }
 }
 
+// answered takes the load that a node sent along with an answer; nil says nothing.
+func (f *fleet) answered(id sandbox.NodeID, load *agentv1.Load) {
+	f.send(id, sandbox.Resources{}, 0, load)
+}
+
 func (f *fleet) send(id sandbox.NodeID, r sandbox.Resources, n int, load *agentv1.Load) {
 	f.mu.Lock()
 	defer f.mu.Unlock()

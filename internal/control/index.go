@@ -62,6 +62,9 @@ func (x *index) apply(e *entry, now time.Time) {
 }
 
 func newer(e, old *entry) bool {
+	if old.final {
+		return false
+	}
 	if e.box.Generation != old.box.Generation {
 		return e.box.Generation > old.box.Generation
 	}

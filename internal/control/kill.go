@@ -30,10 +30,10 @@ func (c *Control) Kill(ctx context.Context, id sandbox.ID) error {
 		return fmt.Errorf("kill sandbox %s: %w", id, err)
 	}
 	c.index.change(id, time.Now(), func(e *entry) bool {
+		e.final = true
 		if e.box.State == sandbox.StateDeleted {
-			return false // the node's report was faster
+			return true // the node's report was faster
 		}
-		// The node counted this change too: its older reports, still under way, are void.
 		e.box.Generation++
 		e.box.State, e.box.Reason, e.box.EndedAt = sandbox.StateDeleted, killReason, time.Now()
 		return true

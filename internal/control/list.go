@@ -166,24 +166,38 @@ func (m *matcher) tooOld(b *sandbox.Sandbox, newestFirst bool) bool {
 // nextVersion is the first byte of a token, so that its form can change.
 const nextVersion = 1
 
-func formatNext(p place) string {
+func formatNext(p place) string { return encodeNext(p.at, string(p.id)) }
+
+func encodeNext(at int64, key string) string {
 	raw := append([]byte{nextVersion}, make([]byte, 8)...)
-	binary.BigEndian.PutUint64(raw[1:], uint64(p.at)) //nolint:gosec // the bits, not the number
-	return base64.RawURLEncoding.EncodeToString(append(raw, p.id...))
+	binary.BigEndian.PutUint64(raw[1:], uint64(at)) //nolint:gosec // the bits, not the number
+	return base64.RawURLEncoding.EncodeToString(append(raw, key...))
 }
 
 func parseNext(s string) (place, error) {
-	bad := sandbox.Invalidf("next token %.40q: want one that an earlier page returned", s)
-	if len(s) > 256 {
-		return place{}, bad
+	at, key, err := decodeNext(s)
+	if err != nil {
+		return place{}, err
+	}
+	id, err := sandbox.ParseID(key)
+	if err != nil {
+		return place{}, badNext(s)
+	}
+	return place{at: at, id: id}, nil
+}
+
+func decodeNext(s string) (at int64, key string, err error) {
+	const longest = 512
+	if len(s) > longest {
+		return 0, "", badNext(s)
 	}
 	raw, err := base64.RawURLEncoding.DecodeString(s)
 	if err != nil || len(raw) < 10 || raw[0] != nextVersion {
-		return place{}, bad
+		return 0, "", badNext(s)
 	}
-	id, err := sandbox.ParseID(string(raw[9:]))
-	if err != nil {
-		return place{}, bad
-	}
-	return place{at: int64(binary.BigEndian.Uint64(raw[1:9])), id: id}, nil //nolint:gosec // the bits, not the number
+	return int64(binary.BigEndian.Uint64(raw[1:9])), string(raw[9:]), nil //nolint:gosec // the bits, not the number
+}
+
+func badNext(s string) error {
+	return sandbox.Invalidf("next token %.40q: want one that an earlier page returned", s)
 }

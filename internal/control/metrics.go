@@ -39,10 +39,13 @@ func (c *Control) Metrics(ctx context.Context, id sandbox.ID, start, end time.Ti
 	ctx, cancel := context.WithTimeout(ctx, c.limits.CallDeadline)
 	defer cancel()
 	resp, err := agent.Metrics(ctx, &agentv1.MetricsRequest{Id: string(id), Start: timeToWire(start), End: timeToWire(end)})
-	if err = fromNode(box.NodeID, err); errors.Is(err, sandbox.ErrNotFound) {
+	err = fromNode(box.NodeID, err)
+	switch {
+	case errors.Is(err, sandbox.ErrNotFound):
 		return nil, unknown(id)
-	}
-	if err != nil {
+	case errors.Is(err, sandbox.ErrConflict): // a paused sandbox uses nothing
+		return []Sample{}, nil
+	case err != nil:
 		return nil, fmt.Errorf("get the metrics of sandbox %s: %w", id, err)
 	}
 	out := make([]Sample, 0, len(resp.GetSamples()))

@@ -29,6 +29,8 @@ type entry struct {
 	sequence int64
 	// epoch is the node's registration under which it was told.
 	epoch int64
+	// final means that the node has ended the sandbox on our command: whatever else it reports was before that.
+	final bool
 }
 
 func (e *entry) place() place { return placeOf(&e.box) }

@@ -31,6 +31,7 @@ func (c *Control) Register(ctx context.Context, req *nodev1.RegisterRequest) (*n
 	}
 	c.log.LogAttrs(ctx, slog.LevelInfo, "node registered", nodeAttr(n.ID), slog.String("name", n.Name),
 		slog.String("version", n.Version), slog.Int64("epoch", epoch))
+	c.offerSweep(n.ID, req.GetCheckpointIds())
 	c.note(ctx, Event{
 		Type: "node_registered", NodeID: n.ID, Message: fmt.Sprintf("node %s registered", n.Name),
 		Fields: map[string]string{"version": n.Version},

@@ -11,7 +11,7 @@ import (
 )
 
 // SetTimeout moves a sandbox's end to the given time from now, or to Never; 0 ends it at once.
-// Errors: ErrInvalid, ErrNotFound, ErrConflict for one that has ended.
+// Errors: ErrInvalid, ErrNotFound, ErrConflict for one that is paused.
 func (c *Control) SetTimeout(ctx context.Context, id sandbox.ID, timeout time.Duration) (sandbox.Sandbox, error) {
 	return c.moveEnd(ctx, id, timeout, false)
 }
@@ -27,26 +27,29 @@ func (c *Control) moveEnd(ctx context.Context, id sandbox.ID, timeout time.Durat
 			return sandbox.Sandbox{}, err
 		}
 	}
-	box, err := c.live(ctx, id)
+	h, err := c.hold(ctx, id)
 	if err != nil {
 		return sandbox.Sandbox{}, err
 	}
-	agent, err := c.agent(box.NodeID)
-	if err != nil {
-		return sandbox.Sandbox{}, err
+	if h.box.State == sandbox.StatePaused {
+		return sandbox.Sandbox{}, sandbox.Conflictf("sandbox %s is paused and has no end until it is resumed: connect to it with a timeout instead", id)
 	}
 	ctx, cancel := context.WithTimeout(ctx, c.limits.CallDeadline)
 	defer cancel()
-	resp, err := agent.SetTimeout(ctx, &agentv1.SetTimeoutRequest{
-		Id: string(id), Timeout: timeoutToWire(timeout), ExtendOnly: extend,
+	var resp *agentv1.SetTimeoutResponse
+	err = c.settled(ctx, h, func(ctx context.Context) (err error) {
+		resp, err = h.agent.SetTimeout(ctx, &agentv1.SetTimeoutRequest{
+			Id: string(id), Timeout: timeoutToWire(timeout), ExtendOnly: extend,
+		})
+		return err
 	})
-	if err = fromNode(box.NodeID, err); errors.Is(err, sandbox.ErrNotFound) {
+	if errors.Is(err, sandbox.ErrNotFound) {
 		return sandbox.Sandbox{}, unknown(id)
 	}
 	if err != nil {
 		return sandbox.Sandbox{}, fmt.Errorf("set the timeout of sandbox %s: %w", id, err)
 	}
-	return c.learn(box.NodeID, resp.GetSandbox())
+	return c.learn(h.box.NodeID, resp.GetSandbox())
 }
 
 // live returns a sandbox that has not ended. One that has failed or is lost is ErrNotFound too, with the reason: there

@@ -46,6 +46,7 @@ type Node struct {
 	created   []*agentv1.CreateRequest
 	asked     []*agentv1.BuildRequest
 	removed   []string
+	saved     saved
 }
 
 // NewNode returns a node with room for a few thousand sandboxes.
@@ -146,7 +147,10 @@ func (n *Node) Create(ctx context.Context, req *agentv1.CreateRequest) (*agentv1
 	if n.err != nil {
 		return nil, n.err
 	}
-	if n.Room > 0 && len(n.boxes) >= n.Room {
+	if err := n.admitCheckpoint(req); err != nil {
+		return nil, err
+	}
+	if n.Room > 0 && n.runningBoxes() >= n.Room {
 		return nil, connect.NewError(connect.CodeResourceExhausted, fmt.Errorf("node %s has no room", n.ID))
 	}
 	now := time.Now()
@@ -155,7 +159,9 @@ func (n *Node) Create(ctx context.Context, req *agentv1.CreateRequest) (*agentv1
 		State: agentv1.State_STATE_RUNNING, Generation: 1, Resources: req.GetResources(), Metadata: req.GetMetadata(),
 		StartedAt: timestamppb.New(now), EndAt: endAt(now, req.GetTimeout()), Secure: req.GetSecure(),
 		AllowInternet: req.GetAllowInternet(), GuestVersion: GuestVersion,
+		AutoPause: req.GetAutoPause(), AutoPauseKind: req.GetAutoPauseKind(),
 	}
+	n.remember(b, req)
 	n.boxes[b.GetId()] = b
 	n.allocated = n.allocated.Add(amount(b))
 	n.created = append(n.created, req)
@@ -227,7 +233,9 @@ func (n *Node) Forget(id sandbox.ID) {
 // drop requires mu.
 func (n *Node) drop(id string) {
 	if b, ok := n.boxes[id]; ok {
-		n.allocated = n.allocated.Sub(amount(b))
+		if b.GetPausedAt() == nil {
+			n.allocated = n.allocated.Sub(amount(b))
+		}
 		delete(n.boxes, id)
 	}
 }

@@ -82,6 +82,7 @@ func (c *Cluster) Join(tb testing.TB, n *Node) {
 	resp, err := c.Control.Register(tb.Context(), &nodev1.RegisterRequest{
 		NodeId: string(n.ID), Name: "node-" + string(n.ID), Version: "test", Architecture: "amd64", Kernel: "6.1",
 		Engines: []*nodev1.Engine{{Name: "gvisor"}}, Capacity: resources(n.Capacity), ImageDigests: []string{BaseDigest},
+		CheckpointIds: n.Checkpoints(),
 	})
 	if err != nil {
 		tb.Fatal(err)
@@ -106,6 +107,13 @@ func (c *Cluster) Report(tb testing.TB, n *Node, full bool) error {
 	if err == nil {
 		c.acked[n.ID] = resp.GetAcknowledgedSequence()
 	}
+	return err
+}
+
+// ReportChanges sends the given changes, whatever was sent before.
+func (c *Cluster) ReportChanges(tb testing.TB, n *Node, changes []*nodev1.Change) error {
+	tb.Helper()
+	_, err := c.Control.Report(tb.Context(), &nodev1.ReportRequest{NodeId: string(n.ID), Epoch: c.epochs[n.ID], Changes: changes})
 	return err
 }
 

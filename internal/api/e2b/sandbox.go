@@ -59,6 +59,10 @@ func (n *newSandbox) request(timeout int64, secure bool) (control.CreateRequest,
 	if life < time.Second { // also: -1 means something else to control
 		return control.CreateRequest{}, sandbox.Invalidf("timeout %d: want at least 1 second", timeout)
 	}
+	if n.AutoPauseMemory != nil && !*n.AutoPauseMemory && n.AutoResume.Enabled {
+		return control.CreateRequest{}, sandbox.Invalidf("autoPauseMemory false cannot be combined with autoResume: " +
+			"a sandbox that is saved without its memory is resumed by a request alone")
+	}
 	if err := n.checkSupported(); err != nil {
 		return control.CreateRequest{}, err
 	}
@@ -68,16 +72,14 @@ func (n *newSandbox) request(timeout int64, secure bool) (control.CreateRequest,
 	}
 	return control.CreateRequest{
 		Template: n.TemplateID, Metadata: n.Metadata, Env: n.EnvVars, Timeout: life,
-		Secure: secure || n.Secure, AllowInternet: internet,
+		Secure: secure || n.Secure, AllowInternet: internet, AutoPause: n.AutoPause, AutoPauseKind: kind(n.AutoPauseMemory),
 	}, nil
 }
 
 func (n *newSandbox) checkSupported() error {
 	switch {
-	case n.AutoPause:
-		return notSupported("autoPause: pausing a sandbox")
 	case n.AutoResume.Enabled:
-		return notSupported("autoResume: resuming a sandbox")
+		return notSupported("autoResume: resuming a paused sandbox when traffic for it arrives")
 	case len(n.VolumeMounts) > 0:
 		return notSupported("volumeMounts: mounting volumes")
 	case len(n.IAM.Tokens) > 0:
@@ -110,50 +112,6 @@ func notSupported(what string) error {
 	return sandbox.Unsupportedf("%s is not supported by this version", what)
 }
 
-// connectBody is the body of both connects.
-type connectBody struct {
-	Timeout *int64 `json:"timeout"`
-}
-
-func (s *server) connect(w http.ResponseWriter, r *http.Request) error {
-	body := connectBody{}
-	if _, err := exchange.ReadOptional(w, r, &body); err != nil {
-		return err
-	}
-	if body.Timeout == nil {
-		body.Timeout = new(int64(defaultTimeout))
-	}
-	return s.connectFor(w, r, *body.Timeout)
-}
-
-func (s *server) connectOld(w http.ResponseWriter, r *http.Request) error {
-	var body connectBody
-	if err := exchange.Read(w, r, &body); err != nil {
-		return err
-	}
-	if body.Timeout == nil {
-		return sandbox.Invalidf("timeout is missing: want a number of seconds")
-	}
-	return s.connectFor(w, r, *body.Timeout)
-}
-
-// connectFor answers 200: the sandbox runs already. The timeout only ever extends its life.
-func (s *server) connectFor(w http.ResponseWriter, r *http.Request, timeout int64) error {
-	id, err := sandboxID(r)
-	if err != nil {
-		return err
-	}
-	life, err := lifetime("timeout", timeout)
-	if err != nil {
-		return err
-	}
-	box, err := s.control.Connect(r.Context(), id, life)
-	if err != nil {
-		return err
-	}
-	return exchange.JSON(w, http.StatusOK, s.sandboxToWire(box))
-}
-
 func (s *server) get(w http.ResponseWriter, r *http.Request) error {
 	id, err := sandboxID(r)
 	if err != nil {
@@ -175,17 +133,4 @@ func (s *server) kill(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	return exchange.Empty(w)
-}
-
-// resume is for paused sandboxes, of which there are none: a running one is a conflict, as the contract has it.
-func (s *server) resume(_ http.ResponseWriter, r *http.Request) error {
-	id, err := sandboxID(r)
-	if err != nil {
-		return err
-	}
-	box, err := s.control.Get(r.Context(), id)
-	if err != nil {
-		return err
-	}
-	return sandbox.Conflictf("sandbox %s is %s: only a paused one can be resumed", id, box.State)
 }

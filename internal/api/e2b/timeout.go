@@ -1,6 +1,7 @@
 package e2b
 
 import (
+	"errors"
 	"net/http"
 	"time"
 
@@ -17,6 +18,14 @@ func lifetime(name string, n int64) (time.Duration, error) {
 		return 0, sandbox.Invalidf("%s %d: want 0 or more seconds", name, n)
 	}
 	return exchange.Seconds(name, n)
+}
+
+// notRunning says of a paused sandbox what the contract says of one: that none of that id is found running.
+func notRunning(err error) error {
+	if errors.Is(err, sandbox.ErrConflict) {
+		return sandbox.NotFoundf("%v", err)
+	}
+	return err
 }
 
 // setTimeout may also shorten a life; 0 ends it.
@@ -39,7 +48,7 @@ func (s *server) setTimeout(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	if _, err := s.control.SetTimeout(r.Context(), id, life); err != nil {
-		return err
+		return notRunning(err)
 	}
 	return exchange.Empty(w)
 }
@@ -64,7 +73,7 @@ func (s *server) refresh(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	if _, err := s.control.Extend(r.Context(), id, life); err != nil {
-		return err
+		return notRunning(err)
 	}
 	return exchange.Empty(w)
 }

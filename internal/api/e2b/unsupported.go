@@ -10,11 +10,7 @@ import (
 // that nobody looks for a mistake in a URL.
 func (s *server) unsupported() []exchange.Route {
 	return []exchange.Route{
-		{Method: "POST", Path: "/sandboxes/{id}/pause", Handle: s.cannot("pausing a sandbox")},
-		{Method: "POST", Path: "/sandboxes/{id}/snapshots", Handle: s.cannot("making a snapshot")},
-		{Method: "POST", Path: "/sandboxes/{id}/fork", Handle: s.cannot("forking a sandbox")},
 		{Method: "PUT", Path: "/sandboxes/{id}/network", Handle: s.cannot("changing the network of a running sandbox")},
-		{Method: "GET", Path: "/snapshots", Handle: cannot("listing snapshots")},
 		{Method: "POST", Path: "/v3/templates", Handle: cannot("building a template through this API")},
 		{Method: "POST", Path: "/v2/templates", Handle: cannot("building a template through this API")},
 		{Method: "POST", Path: "/templates", Handle: cannot("building a template through this API")},

@@ -23,6 +23,7 @@ type newSandbox struct {
 	Secure              bool              `json:"secure"`
 	AllowInternetAccess *bool             `json:"allow_internet_access"`
 	AutoPause           bool              `json:"autoPause"`
+	AutoPauseMemory     *bool             `json:"autoPauseMemory"`
 	AutoResume          struct {
 		Enabled bool `json:"enabled"`
 	} `json:"autoResume"`
@@ -125,10 +126,18 @@ func guestVersion(b sandbox.Sandbox) string {
 	return b.GuestVersion
 }
 
+// endAt is when a sandbox ends or, of one that is paused, when it stopped running.
+func endAt(b sandbox.Sandbox) time.Time {
+	if b.State == sandbox.StatePaused && !b.PausedAt.IsZero() {
+		return stamp(b.PausedAt)
+	}
+	return stamp(b.EndAt)
+}
+
 func listedToWire(b sandbox.Sandbox) listedWire {
 	w := listedWire{
 		SandboxID: string(b.ID), TemplateID: string(b.TemplateID), Alias: b.TemplateName, ClientID: string(b.NodeID),
-		StartedAt: stamp(b.StartedAt), EndAt: stamp(b.EndAt), CPUCount: cpus(b.Resources.MilliCPU),
+		StartedAt: stamp(b.StartedAt), EndAt: endAt(b), CPUCount: cpus(b.Resources.MilliCPU),
 		MemoryMB: b.Resources.MemoryBytes / mib, DiskSizeMB: b.Resources.DiskBytes / mib, State: stateToWire(b.State),
 		EnvdVersion: guestVersion(b), Metadata: b.Metadata, VolumeMounts: []struct{}{},
 	}
@@ -156,6 +165,9 @@ func (s *server) detailToWire(b sandbox.Sandbox) detailWire {
 		listedWire: listedToWire(b), Reason: b.Reason, EnvdAccessToken: s.control.AccessToken(b), Domain: s.domain,
 		AllowInternetAccess: b.AllowInternet, Network: networkWire{AllowPublicTraffic: true},
 		Lifecycle: lifecycleWire{OnTimeout: "kill"},
+	}
+	if b.AutoPause {
+		w.Lifecycle.OnTimeout = "pause"
 	}
 	if !b.AllowInternet {
 		w.Network.DenyOut = []string{allTraffic}

@@ -62,6 +62,14 @@ type failure struct {
 	Message string `json:"message"`
 }
 
+// Message is what a caller is told of an error. What went wrong inside is for the log.
+func Message(err error) string {
+	if Status(err) == http.StatusInternalServerError {
+		return "internal error; the server's log says more"
+	}
+	return err.Error()
+}
+
 // Fail writes an error. What went wrong inside is for the log: the caller gets its request's id to ask with.
 func Fail(w http.ResponseWriter, err error) int {
 	status := Status(err)

@@ -68,10 +68,7 @@ func (s *server) createSandbox(w http.ResponseWriter, r *http.Request) error {
 	if _, err := exchange.ReadOptional(w, r, &body); err != nil {
 		return err
 	}
-	if body.TimeoutSeconds == 0 {
-		body.TimeoutSeconds = defaultTimeout
-	}
-	life, err := lifetime(body.TimeoutSeconds)
+	life, err := lifetimeOrDefault(body.TimeoutSeconds)
 	if err != nil {
 		return err
 	}
@@ -79,6 +76,7 @@ func (s *server) createSandbox(w http.ResponseWriter, r *http.Request) error {
 		Template: body.Template, Metadata: body.Metadata, Env: body.Env, Timeout: life,
 		Resources: sandbox.Resources(body.Resources), Secure: true,
 		AllowInternet: body.AllowInternet == nil || *body.AllowInternet, IdempotencyKey: r.Header.Get("Idempotency-Key"),
+		AutoPause: body.AutoPause, AutoPauseKind: sandbox.CheckpointKind(body.AutoPauseKind),
 	})
 	if err != nil {
 		return err
@@ -91,6 +89,14 @@ func (s *server) oneSandbox(w http.ResponseWriter, status int, box sandbox.Sandb
 	wire := sandboxToWire(box)
 	wire.AccessToken = s.control.AccessToken(box)
 	return exchange.JSON(w, status, wire)
+}
+
+// lifetimeOrDefault reads a number of seconds, of which 0 means the default.
+func lifetimeOrDefault(seconds int64) (time.Duration, error) {
+	if seconds == 0 {
+		seconds = defaultTimeout
+	}
+	return lifetime(seconds)
 }
 
 // lifetime reads a number of seconds, of which -1 means never.

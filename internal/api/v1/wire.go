@@ -45,12 +45,17 @@ func nodeToWire(n control.Node) client.Node {
 }
 
 func sandboxToWire(b sandbox.Sandbox) client.Sandbox {
-	return client.Sandbox{
+	w := client.Sandbox{
 		ID: string(b.ID), NodeID: string(b.NodeID), TemplateID: string(b.TemplateID), Template: b.TemplateName,
 		State: string(b.State), Reason: b.Reason, Generation: b.Generation, Resources: resourcesToWire(b.Resources),
 		Metadata: b.Metadata, StartedAt: b.StartedAt, EndAt: b.EndAt, EndedAt: b.EndedAt, Secure: b.Secure,
-		AllowInternet: b.AllowInternet,
+		AllowInternet: b.AllowInternet, AutoPause: b.AutoPause,
+		PausedAt: b.PausedAt, PausedKind: string(b.PausedKind), PausedBytes: b.PausedBytes,
 	}
+	if b.AutoPause {
+		w.AutoPauseKind = string(b.AutoPauseKind)
+	}
+	return w
 }
 
 func logToWire(e control.LogEntry) client.LogEntry {
