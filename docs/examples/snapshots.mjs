@@ -11,8 +11,8 @@ try {
 
   // Each copy has the files, the memory and the processes of this moment.
   const forks = await sandbox.fork({ count: 3 })
-  const answers = await Promise.all(forks.map(async ({ sandbox: copy, error }, i) => {
-    if (error) throw error
+  const answers = await Promise.all(forks.map(async (copy, i) => {
+    if (copy instanceof Error) throw copy // each copy has an outcome of its own
     try {
       const run = await copy.commands.run(`echo "$(cat /home/user/state), way ${i}"`)
       return run.stdout.trim()

@@ -83,9 +83,11 @@ func (a *app) snapshotShow() *cobra.Command {
 	}
 }
 
-// calledSo reports whether ref is an id or a name of the snapshot.
+// calledSo reports whether ref is an id or a name of the snapshot; without a tag it means that of name:default.
 func calledSo(s client.Snapshot, ref string) bool {
-	return ref == s.ID || ref == s.TemplateID || slices.Contains(s.Names, ref)
+	return slices.ContainsFunc(append([]string{s.ID, s.TemplateID}, s.Names...), func(name string) bool {
+		return name == ref || name == ref+":default"
+	})
 }
 
 func snapshotDetail(w io.Writer, s client.Snapshot) {

@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -10,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -244,21 +246,20 @@ func (a *app) followBuild(ctx context.Context, cn *conn, id string) (client.Buil
 			return last, ctx.Err()
 		}
 		last = b
-		show.update(b.Step, b.Progress)
+		show.update(stepName(b.Step), b.Progress)
 		for _, e := range b.Entries {
-			show.line(logLine(e))
+			show.line(printable(strings.TrimRight(e.Message, " \r\n")))
 		}
 	}
 	return last, nil
 }
 
-// logLine is an entry of a build's log as a terminal may see it.
-func logLine(e client.LogEntry) string {
-	text := printable(strings.TrimRight(e.Message, "\r\n"))
-	if e.Level == "error" || e.Level == "warn" {
-		return e.Level + ": " + text
+// stepName says what the number of a step is.
+func stepName(step string) string {
+	if _, err := strconv.Atoi(step); err == nil {
+		return "step " + step
 	}
-	return text
+	return step
 }
 
 func (a *app) templateFollow() *cobra.Command {
@@ -275,7 +276,7 @@ func (a *app) templateFollow() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return a.printBuild(last.TemplateID, last)
+			return a.printBuild(cmp.Or(last.TemplateID, "of build "+args[0]), last)
 		},
 	}
 }
