@@ -197,11 +197,12 @@ func (a *Agent) snapshotPaused(r *journal.Record, id string, kind sandbox.Checkp
 
 // unfit says why nothing can be done with a sandbox in its present state.
 func (in *instance) unfit(r *journal.Record) error {
-	switch {
-	case r.State == sandbox.StatePaused:
+	switch r.State { //nolint:exhaustive // all others have ended, or are about to
+	case sandbox.StatePaused:
 		return sandbox.Conflictf("sandbox %s is paused", r.ID)
-	case r.State == sandbox.StatePausing || r.State == sandbox.StateResuming:
+	case sandbox.StatePausing, sandbox.StateResuming:
 		return sandbox.Conflictf("sandbox %s is %s: try again in a moment", r.ID, r.State)
+	default:
 	}
 	return sandbox.NotFoundf("sandbox %s is %s: %s", r.ID, r.State, ending(r))
 }

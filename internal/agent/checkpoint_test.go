@@ -2,7 +2,6 @@ package agent
 
 import (
 	"cmp"
-	"context"
 	"encoding/json"
 	"errors"
 	"log/slog"
@@ -141,7 +140,7 @@ func TestSnapshotOfAPausedOne(t *testing.T) {
 		if _, err := n.save(id, "snap2", kindFiles); connect.CodeOf(err) != connect.CodeUnimplemented {
 			t.Errorf("its files alone: %v", err)
 		}
-		if sum := n.Agent.saves.Bytes(); sum != n.Agent.saves.List()[0].Bytes {
+		if sum := n.saves.Bytes(); sum != n.saves.List()[0].Bytes {
 			t.Errorf("shared files count twice: %d", sum)
 		}
 		m.check(n.kill(id))
@@ -318,7 +317,7 @@ func TestRemoveCheckpoint(t *testing.T) {
 			t.Errorf("create from a removed one: %v", err)
 		}
 		wg.Wait()
-		if got := len(n.Agent.saves.List()); got != 1 {
+		if got := len(n.saves.List()); got != 1 {
 			t.Errorf("%d checkpoints are left", got)
 		}
 	})
@@ -353,7 +352,7 @@ func TestWarmPoolsOfCheckpoints(t *testing.T) {
 		m.demandTokens()
 		in, err := n.admitBuild(t.Context(), "build-1", digestOf("one"), small())
 		m.check(err)
-		g, err := n.boot1(in)
+		g, err := n.boot(t.Context(), in)
 		m.check(err)
 		g.close()
 		m.put(in.id, "server", "files")
@@ -422,9 +421,6 @@ func TestWarmPoolsOfCheckpoints(t *testing.T) {
 		n.verify()
 	})
 }
-
-// boot1 boots a build's sandbox as builds do.
-func (n *node) boot1(in *instance) (*guestConn, error) { return n.Agent.boot(context.Background(), in) }
 
 // TestRemovedTemplateIsLeftAlone checks that a pool of a template that is gone does not try again and again, also after a restart.
 func TestRemovedTemplateIsLeftAlone(t *testing.T) {

@@ -430,7 +430,7 @@ func TestPausedOnesSurvive(t *testing.T) {
 			in, _ := n.get(b)
 			ids = append(ids, in.record().Checkpoint)
 		}
-		held, err := n.Agent.saves.Hold(ids[1])
+		held, err := n.saves.Hold(ids[1])
 		m.check(err)
 		n.down()
 		m.truncate(held.Dir)

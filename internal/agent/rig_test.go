@@ -279,7 +279,7 @@ func (n *node) verify() {
 
 // pauses returns the checkpoints that sandboxes are paused in.
 func (n *node) pauses() (ids []string) {
-	for _, m := range n.Agent.saves.List() {
+	for _, m := range n.saves.List() {
 		if m.Pause {
 			ids = append(ids, m.ID)
 		}
