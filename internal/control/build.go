@@ -3,7 +3,6 @@ package control
 import (
 	"cmp"
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"maps"
@@ -40,6 +39,8 @@ type Recipe struct {
 	ReadyCommand     string
 	// Force uses nothing from the step cache.
 	Force bool
+	// Substitute names a template to start from where the sources cannot be had; the log says so then.
+	Substitute string
 }
 
 // EnsureTemplate returns the template of the name and its build if an image of it is at hand, and begins to build it
@@ -78,6 +79,9 @@ func (c *Control) AnnounceBuild(ctx context.Context, spec BuildSpec) (sandbox.Te
 	if err != nil {
 		return sandbox.Template{}, sandbox.Build{}, err
 	}
+	if err := c.checkSize(spec.Resources); err != nil {
+		return sandbox.Template{}, sandbox.Build{}, err
+	}
 	b := sandbox.Build{
 		ID: newBuildID(), State: sandbox.BuildWaiting, Tags: tags, CreatedAt: time.Now().UTC(), Resources: spec.Resources,
 	}
@@ -91,6 +95,19 @@ func (c *Control) AnnounceBuild(ctx context.Context, spec BuildSpec) (sandbox.Te
 			return sandbox.Template{}, sandbox.Build{}, err
 		}
 	}
+}
+
+// checkSize refuses what no sandbox can ever be started with here. The default is not asked about: it is to be had also
+// where the machine is smaller, so that the server gets to say so.
+func (c *Control) checkSize(asked sandbox.Resources) error {
+	size := orElse(asked, c.limits.DefaultResources)
+	if size == c.limits.DefaultResources {
+		return nil
+	}
+	if d := c.fleet.place(scheduler.Request{Resources: size}, time.Now()); d.TooLarge {
+		return refusal(d)
+	}
+	return nil
 }
 
 // errFaster means that somebody else took a name between a look at it and its use.
@@ -138,7 +155,8 @@ func (c *Control) announceIn(ctx context.Context, t sandbox.Template, name Name,
 }
 
 // StartBuild carries out a build that was announced, and returns it as it is then.
-// Errors: ErrInvalid, ErrNotFound, ErrConflict for one that was started before, ErrExhausted, ErrUnavailable.
+// Errors: ErrInvalid, ErrNotFound, ErrConflict for one that was started before, ErrExhausted when too many builds are
+// under way, ErrUnavailable when no node can build.
 func (c *Control) StartBuild(ctx context.Context, ref, id string, r Recipe) (sandbox.Template, sandbox.Build, error) {
 	none := func(err error) (sandbox.Template, sandbox.Build, error) {
 		return sandbox.Template{}, sandbox.Build{}, err
@@ -150,27 +168,51 @@ func (c *Control) StartBuild(ctx context.Context, ref, id string, r Recipe) (san
 	if err != nil {
 		return none(err)
 	}
-	msg := r.message(t.ID, id)
-	if r.FromTemplate != "" {
-		from, base, err := c.resolveBuild(ctx, r.FromTemplate)
-		if err != nil {
-			return none(err)
-		}
-		if from.Kind == sandbox.TemplateSnapshot {
-			return none(sandbox.Unsupportedf("template %q is a snapshot: want one that was built to build from", r.FromTemplate))
-		}
-		msg.BaseImageDigest, msg.BaseGuest = base.ImageDigest, guestToWire(base.Guest)
-	}
-	t, b, err := c.markStarted(ctx, t.ID, id, r)
+	next, err := c.plan(ctx, t, id, r)
 	if err != nil {
 		return none(err)
 	}
-	msg.Resources = resourcesToWire(b.Resources)
-	if err := c.launch(ctx, t, msg); err != nil {
+	if err := c.builds.begin(id); err != nil {
+		next.release()
+		return none(err)
+	}
+	t, b, err := c.markStarted(ctx, t.ID, id, r)
+	if err != nil {
+		c.builds.end(id)
+		next.release()
+		return none(err)
+	}
+	next.message.Resources = resourcesToWire(b.Resources)
+	if err := c.launch(ctx, next); err != nil {
+		next.release()
+		err = fmt.Errorf("build template %q: %w", nameFor(t, string(t.ID)), err)
 		c.abandonBuild(ctx, t.ID, id, err)
 		return none(err)
 	}
 	return t, b, nil
+}
+
+// plan says what is to be done for a build, and holds the files that it needs.
+func (c *Control) plan(ctx context.Context, t sandbox.Template, id string, r Recipe) (task, error) {
+	next := task{template: t.ID, build: id, message: r.message(t.ID, id), files: filesOf(r.Steps)}
+	if r.FromTemplate != "" {
+		from, base, err := c.resolveBuild(ctx, r.FromTemplate)
+		if err != nil {
+			return task{}, err
+		}
+		if from.Kind == sandbox.TemplateSnapshot {
+			return task{}, sandbox.Unsupportedf("template %q is a snapshot: want one that was built to build from", r.FromTemplate)
+		}
+		next.message.BaseImageDigest, next.message.BaseGuest = base.ImageDigest, guestToWire(base.Guest)
+	}
+	if r.Substitute != "" {
+		if _, b, err := c.resolveBuild(ctx, r.Substitute); err == nil && b.ID != id {
+			next.substitute = &b
+		}
+	}
+	release, err := c.pinFiles(next.files)
+	next.release = release
+	return next, err
 }
 
 func (r Recipe) message(t sandbox.TemplateID, id string) *agentv1.BuildRequest {
@@ -210,41 +252,25 @@ func changeBuild(t *sandbox.Template, id string, change func(*sandbox.Build) err
 	return change(&t.Builds[i])
 }
 
-// launch has a node begin a build, and notes where.
-func (c *Control) launch(ctx context.Context, t sandbox.Template, msg *agentv1.BuildRequest) error {
-	decision := c.fleet.place(scheduler.Request{ImageDigest: msg.GetBaseImageDigest()}, time.Now())
-	if len(decision.Candidates) == 0 {
-		return sandbox.Unavailablef("no node can build template %q: %s", nameFor(t, string(t.ID)), decision.Explain(explained))
+// launch begins a build at once where nothing comes before it, so that a refusal is the caller's answer, and leaves it
+// to Run otherwise.
+func (c *Control) launch(ctx context.Context, t task) error {
+	if len(t.files) == 0 && t.substitute == nil {
+		node, err := c.builder(t.message)
+		if err != nil {
+			return err
+		}
+		if err := c.send(ctx, node, t.message); err != nil {
+			return err
+		}
+		t.message = nil
 	}
-	node := decision.Candidates[0]
-	agent, err := c.agent(node)
-	if err != nil {
-		return err
-	}
-	ctx, cancel := context.WithTimeout(ctx, c.limits.CallDeadline)
-	defer cancel()
-	resp, err := agent.Build(ctx, msg)
-	if err != nil {
-		return fmt.Errorf("build template %q: %w", nameFor(t, string(t.ID)), fromNode(node, err))
-	}
-	if got := resp.GetBuildId(); got != msg.GetBuildId() {
-		return sandbox.Conflictf("template %q is being built already, as build %s", nameFor(t, string(t.ID)), got)
-	}
-	c.builds.set(msg.GetBuildId(), node)
 	select {
-	case c.builds.queue <- task{template: t.ID, build: msg.GetBuildId(), node: node}:
+	case c.builds.queue <- t:
 		return nil
-	default:
-		return sandbox.Exhaustedf("%d builds are under way: try again when one of them is done", maxFollowed)
+	default: // as long as there may be builds under way
+		return sandbox.Exhaustedf("too many builds are under way: try again when one of them is done")
 	}
-}
-
-// newBuildID returns a random UUID, as the E2B SDKs expect of a build's id.
-func newBuildID() string {
-	var b [16]byte
-	_, _ = rand.Read(b[:]) // never fails: crypto/rand ends the program first
-	b[6], b[8] = b[6]&0x0f|0x40, b[8]&0x3f|0x80
-	return fmt.Sprintf("%x-%x-%x-%x-%x", b[:4], b[4:6], b[6:8], b[8:10], b[10:])
 }
 
 func guestToWire(g sandbox.GuestSettings) *agentv1.GuestSettings {

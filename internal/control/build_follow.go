@@ -4,12 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"slices"
-	"sync"
 	"time"
 
-	"golang.org/x/sync/errgroup"
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	agentv1 "github.com/cloister-dev/cloister/internal/gen/agent/v1"
@@ -30,75 +27,94 @@ type Build struct {
 	FailedStep string
 	// Result is what was made, of a build that is ready.
 	Result sandbox.Build
+
+	node sandbox.NodeID
+	// checkpoint is the id of what was saved.
+	checkpoint string
 }
 
 func (b Build) ended() bool { return b.State == sandbox.BuildReady || b.State == sandbox.BuildFailed }
 
 const (
-	// maxFollowed is how many builds are followed at once.
-	maxFollowed = 32
+	// maxFollowed is how many builds are followed at once, those of an earlier process included.
+	maxFollowed = 64
 	followWait  = 10 * time.Second
 	retryAfter  = time.Second
-	// buildDeadline is how long a build may take from its announcement on.
-	buildDeadline = 4 * time.Hour
+	// buildDeadline is how long a build may take from its start on, announceDeadline how long until its start.
+	buildDeadline    = 4 * time.Hour
+	announceDeadline = 2 * time.Hour
+	sweepBuildsEvery = time.Minute
 )
 
-// builds knows which node carries out which build.
-type builds struct {
-	// queue hands builds to Run. It is bounded: a full one refuses new builds.
-	queue chan task
-
-	mu   sync.Mutex
-	node map[string]sandbox.NodeID
+// BuildQuery asks for a build and a part of its log.
+type BuildQuery struct {
+	ID     string
+	Offset int32
+	// Limit is how many lines are wanted; 0 means all.
+	Limit int32
+	// Wait is how long to wait for something new where there is nothing.
+	Wait time.Duration
 }
 
-// task is a build to follow; its node is empty where it is to be searched for.
-type task struct {
-	template sandbox.TemplateID
-	build    string
-	node     sandbox.NodeID
-}
-
-func newBuilds() *builds {
-	return &builds{queue: make(chan task, maxFollowed), node: make(map[string]sandbox.NodeID)}
-}
-
-func (b *builds) at(id string) (sandbox.NodeID, bool) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	n, ok := b.node[id]
-	return n, ok
-}
-
-func (b *builds) set(id string, node sandbox.NodeID) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if len(b.node) >= maxCatalog {
-		clear(b.node) // they are found again by asking the nodes
+// GetBuild returns a build with its log from the offset on. Once it says that the build is ready, sandboxes start from
+// it. A build that its node has forgotten is known by its record alone, without a log. Errors: ErrNotFound.
+func (c *Control) GetBuild(ctx context.Context, q BuildQuery) (Build, error) {
+	known := c.builds.look(q.ID)
+	if known.preparing() && int(q.Offset) >= len(known.lead) && q.Wait > 0 {
+		pause(ctx, min(q.Wait, retryAfter))
+		known = c.builds.look(q.ID)
 	}
-	b.node[id] = node
-}
-
-// GetBuild returns a build with its log from offset on. Where there is nothing new it waits up to wait. Once it says
-// that the build is ready, sandboxes start from it. A build whose node has forgotten it is known by its record alone,
-// without a log. Errors: ErrNotFound.
-func (c *Control) GetBuild(ctx context.Context, id string, offset int32, wait time.Duration) (Build, error) {
-	b, err := c.askNodes(ctx, &agentv1.GetBuildRequest{BuildId: id, Offset: offset, Wait: durationpb.New(wait)})
-	if err == nil && b.ended() {
-		err = c.finishBuild(ctx, b)
+	entries := page(known.lead, q.Offset, q.Limit)
+	if known.preparing() {
+		return Build{
+			ID: q.ID, State: sandbox.BuildBuilding, Step: known.step, Entries: entries, Total: len(known.lead),
+		}, nil
 	}
-	if !errors.Is(err, sandbox.ErrNotFound) {
+	req := &agentv1.GetBuildRequest{BuildId: q.ID, Offset: max(0, q.Offset-int32(len(known.lead)))} //nolint:gosec // a few lines
+	if len(entries) == 0 {
+		req.Wait = durationpb.New(q.Wait)
+	}
+	if q.Limit > 0 {
+		req.Limit = max(1, q.Limit-int32(len(entries))) //nolint:gosec // at most the limit
+	}
+	b, err := c.askNodes(ctx, req)
+	if err == nil {
+		b.Entries = append(slices.Clip(entries), b.Entries...)
+		if q.Limit > 0 {
+			b.Entries = b.Entries[:min(len(b.Entries), int(q.Limit))]
+		}
+		b.Total += len(known.lead)
+		if b.ended() {
+			err = c.finishBuild(ctx, b)
+		}
 		return b, err
 	}
-	return c.recordedBuild(ctx, id)
+	if !errors.Is(err, sandbox.ErrNotFound) && !errors.Is(err, sandbox.ErrUnavailable) {
+		return Build{}, err
+	}
+	record, recordErr := c.recordedBuild(ctx, q.ID)
+	if recordErr == nil && !record.ended() && errors.Is(err, sandbox.ErrUnavailable) {
+		return Build{}, err
+	}
+	record.Entries, record.Total = entries, len(known.lead)
+	return record, recordErr
+}
+
+// page is the part of a log that was asked for.
+func page(all []LogEntry, offset, limit int32) []LogEntry {
+	all = all[min(max(0, int(offset)), len(all)):]
+	if limit > 0 {
+		all = all[:min(len(all), int(limit))]
+	}
+	return all
 }
 
 // askNodes asks the node of a build, or all of them where it is not known.
 // Errors: ErrNotFound where none has it, ErrUnavailable where one that may have it does not answer.
 func (c *Control) askNodes(ctx context.Context, req *agentv1.GetBuildRequest) (Build, error) {
-	candidates := []sandbox.NodeID{}
-	if node, ok := c.builds.at(req.GetBuildId()); ok {
-		candidates = append(candidates, node)
+	var candidates []sandbox.NodeID
+	if node := c.builds.look(req.GetBuildId()).node; node != "" {
+		candidates = []sandbox.NodeID{node}
 	} else {
 		for _, n := range c.fleet.list(time.Now()) {
 			candidates = append(candidates, n.ID)
@@ -156,7 +172,7 @@ func (c *Control) buildAt(ctx context.Context, node sandbox.NodeID, req *agentv1
 	}
 	id := req.GetBuildId()
 	b := Build{
-		ID: id, State: sandbox.BuildBuilding, Step: w.GetStep(), Progress: w.GetProgress(),
+		ID: id, node: node, State: sandbox.BuildBuilding, Step: w.GetStep(), Progress: w.GetProgress(),
 		Entries: logFromWire(w.GetEntries()), Total: int(w.GetEntriesTotal()), Error: w.GetError(), FailedStep: w.GetFailedStep(),
 	}
 	switch w.GetState() {
@@ -166,10 +182,8 @@ func (c *Control) buildAt(ctx context.Context, node sandbox.NodeID, req *agentv1
 			ID: id, ImageDigest: w.GetImageDigest(), ImageBytes: w.GetImageBytes(), Source: w.GetSource(), Guest: guestFromWire(w.GetGuest()),
 		}
 		if p := w.GetCheckpoint(); p != nil {
-			b.Result.Checkpoint, b.Result.CheckpointBytes = checkpointKind(p.GetKind()), p.GetBytes()
+			b.Result.Checkpoint, b.Result.CheckpointBytes, b.checkpoint = checkpointKind(p.GetKind()), p.GetBytes(), p.GetId()
 		}
-		c.fleet.setImage(node, w.GetImageDigest(), true)
-		c.fleet.setImage(node, w.GetCheckpoint().GetId(), true)
 	case agentv1.BuildState_BUILD_STATE_FAILED:
 		b.State = sandbox.BuildFailed
 	case agentv1.BuildState_BUILD_STATE_BUILDING, agentv1.BuildState_BUILD_STATE_UNSPECIFIED:
@@ -182,21 +196,54 @@ var errDone = errors.New("done already")
 
 // finishBuild records the end of a build in its template, once.
 func (c *Control) finishBuild(ctx context.Context, b Build) error {
-	t, _, err := c.findBuild(ctx, b.ID)
-	if errors.Is(err, sandbox.ErrNotFound) {
-		return nil // a push, or the template was deleted meanwhile
+	t, old, err := c.findBuild(ctx, b.ID)
+	if errors.Is(err, sandbox.ErrNotFound) || err == nil && ended(old) {
+		c.builds.end(b.ID)
+		return nil // also: a push, or the template was deleted meanwhile
 	}
 	if err != nil {
 		return err
 	}
-	t, err = c.changeTemplate(ctx, t.ID, func(t *sandbox.Template) error { return recordEnd(t, b, time.Now().UTC()) })
-	if errors.Is(err, errDone) || errors.Is(err, sandbox.ErrNotFound) {
-		return nil
+	if err := checkMade(&b); err != nil {
+		b.State, b.Error = sandbox.BuildFailed, err.Error()
 	}
-	if err != nil {
+	if b.State == sandbox.BuildReady { // before anybody is told to start from it
+		c.fleet.setImage(b.node, b.Result.ImageDigest, true)
+		c.fleet.setImage(b.node, b.checkpoint, true)
+	}
+	t, err = c.changeTemplate(ctx, t.ID, func(t *sandbox.Template) error { return recordEnd(t, b, time.Now().UTC()) })
+	if err != nil && !errors.Is(err, errDone) && !errors.Is(err, sandbox.ErrNotFound) {
 		return fmt.Errorf("record the end of build %s: %w", b.ID, err)
 	}
+	c.builds.end(b.ID)
+	if err != nil {
+		return nil //nolint:nilerr // somebody else was faster
+	}
 	c.note(ctx, buildEvent(t, b))
+	return nil
+}
+
+func ended(b sandbox.Build) bool {
+	return b.State == sandbox.BuildReady || b.State == sandbox.BuildFailed
+}
+
+// maxGuestBytes bounds the environment of a template, which is part of a record.
+const maxGuestBytes = 32 << 10
+
+// checkMade refuses what no record can hold, or no sandbox can start from.
+func checkMade(b *Build) error {
+	size := 0
+	for k, v := range b.Result.Guest.Env {
+		size += len(k) + len(v)
+	}
+	switch {
+	case b.State != sandbox.BuildReady:
+		return nil
+	case size > maxGuestBytes:
+		return fmt.Errorf("the template's environment has %d bytes: want at most %d", size, maxGuestBytes)
+	case b.checkpoint != "" && b.checkpoint != b.ID:
+		return fmt.Errorf("node %s saved it as checkpoint %q: want %q", b.node, b.checkpoint, b.ID)
+	}
 	return nil
 }
 
@@ -204,7 +251,7 @@ func (c *Control) finishBuild(ctx context.Context, b Build) error {
 func recordEnd(t *sandbox.Template, end Build, now time.Time) error {
 	var tags []string
 	err := changeBuild(t, end.ID, func(b *sandbox.Build) error {
-		if b.State == sandbox.BuildReady || b.State == sandbox.BuildFailed {
+		if ended(*b) {
 			return errDone
 		}
 		b.State, b.Error, b.FailedStep, b.FinishedAt = end.State, end.Error, end.FailedStep, now
@@ -240,74 +287,6 @@ func buildEvent(t sandbox.Template, b Build) Event {
 		e.Message = fmt.Sprintf("template %s was not built: %s", nameFor(t, string(t.ID)), b.Error)
 	}
 	return e
-}
-
-// runBuilds follows builds to their end, those that an earlier process began included.
-func (c *Control) runBuilds(ctx context.Context) error {
-	g, ctx := errgroup.WithContext(ctx)
-	g.SetLimit(maxFollowed)
-	all, err := c.templates.Templates(ctx)
-	if err != nil {
-		return fmt.Errorf("find unfinished builds: %w", err)
-	}
-	for _, t := range all {
-		for _, b := range t.Builds {
-			if b.State == sandbox.BuildBuilding {
-				g.Go(func() error { c.follow(ctx, task{template: t.ID, build: b.ID}); return nil })
-			}
-		}
-	}
-	for {
-		select {
-		case <-ctx.Done():
-			return g.Wait()
-		case next := <-c.builds.queue:
-			g.Go(func() error { c.follow(ctx, next); return nil })
-		}
-	}
-}
-
-// errForgotten is why a build fails whose node does not know it any more.
-var errForgotten = errors.New("the node was restarted while it built: build the template again")
-
-// follow waits for the end of a build. One that no node knows, or that takes too long, has failed.
-func (c *Control) follow(ctx context.Context, t task) {
-	deadline := time.Now().Add(buildDeadline)
-	for ctx.Err() == nil {
-		b, err := c.askNodes(ctx, &agentv1.GetBuildRequest{BuildId: t.build, Offset: 1 << 30, Wait: durationpb.New(followWait)})
-		if err == nil && b.ended() {
-			if err = c.finishBuild(ctx, b); err == nil {
-				return
-			}
-		}
-		switch {
-		case errors.Is(err, sandbox.ErrNotFound) && c.anyReady():
-			c.abandonBuild(ctx, t.template, t.build, errForgotten)
-			return
-		case time.Now().After(deadline):
-			c.abandonBuild(ctx, t.template, t.build, fmt.Errorf("the build was not done within %v", buildDeadline))
-			return
-		case err != nil:
-			c.log.LogAttrs(ctx, slog.LevelWarn, "build not followed, trying again", slog.String("build_id", t.build), errAttr(err))
-			pause(ctx, retryAfter)
-		}
-	}
-}
-
-// anyReady reports whether a node is there to ask.
-func (c *Control) anyReady() bool {
-	return slices.ContainsFunc(c.fleet.list(time.Now()), func(n Node) bool { return n.State == sandbox.NodeReady })
-}
-
-// abandonBuild records that a build failed without a node's word.
-func (c *Control) abandonBuild(ctx context.Context, id sandbox.TemplateID, build string, cause error) {
-	end := Build{ID: build, State: sandbox.BuildFailed, Error: cause.Error()}
-	t, err := c.changeTemplate(ctx, id, func(t *sandbox.Template) error { return recordEnd(t, end, time.Now().UTC()) })
-	if err != nil {
-		c.log.LogAttrs(ctx, slog.LevelWarn, "end of a build not recorded", slog.String("build_id", build), errAttr(err))
-		return
-	}
-	c.note(ctx, buildEvent(t, end))
 }
 
 // pause waits for d or the end of ctx.

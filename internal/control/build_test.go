@@ -30,12 +30,12 @@ func TestBuild(t *testing.T) {
 	if _, err := c.Control.Create(t.Context(), req); !errors.Is(err, sandbox.ErrUnavailable) {
 		t.Errorf("create while it is being built: %v", err)
 	}
-	b, err := c.Control.GetBuild(t.Context(), built.ID, 0, 0)
+	b, err := c.Control.GetBuild(t.Context(), control.BuildQuery{ID: built.ID, Offset: 0, Wait: 0})
 	if err != nil || b.State != sandbox.BuildBuilding || len(b.Entries) != 1 {
 		t.Errorf("%+v, %v", b, err)
 	}
 	c.Node.FinishBuild(built.ID, "sha256:70015", "")
-	if b, err = c.Control.GetBuild(t.Context(), built.ID, 1, time.Second); err != nil || b.State != sandbox.BuildReady || len(b.Entries) != 1 {
+	if b, err = c.Control.GetBuild(t.Context(), control.BuildQuery{ID: built.ID, Offset: 1, Wait: time.Second}); err != nil || b.State != sandbox.BuildReady || len(b.Entries) != 1 {
 		t.Errorf("%+v, %v", b, err)
 	}
 	mustCreate(t, c, req)
@@ -46,7 +46,7 @@ func TestBuild(t *testing.T) {
 	}
 	mustCreate(t, c, req) // from the image that was there before
 	c.Node.FinishBuild(again.ID, "", "no such image")
-	if b, err = c.Control.GetBuild(t.Context(), again.ID, 0, 0); err != nil || b.State != sandbox.BuildFailed {
+	if b, err = c.Control.GetBuild(t.Context(), control.BuildQuery{ID: again.ID, Offset: 0, Wait: 0}); err != nil || b.State != sandbox.BuildFailed {
 		t.Errorf("%+v, %v", b, err)
 	}
 	got, err := c.Control.GetTemplate(t.Context(), "tools")
@@ -65,7 +65,7 @@ func TestBuild(t *testing.T) {
 	if err := c.Control.DeleteTemplate(t.Context(), "base"); !errors.Is(err, sandbox.ErrConflict) {
 		t.Error(err)
 	}
-	if _, err := c.Control.GetBuild(t.Context(), "nope", 0, 0); !errors.Is(err, sandbox.ErrNotFound) {
+	if _, err := c.Control.GetBuild(t.Context(), control.BuildQuery{ID: "nope", Offset: 0, Wait: 0}); !errors.Is(err, sandbox.ErrNotFound) {
 		t.Error(err)
 	}
 }

@@ -67,6 +67,11 @@ type Limits struct {
 	// EndedFor and EndedMax bound how long and how many ended sandboxes stay findable: 1 h and 10,000 by default.
 	EndedFor time.Duration
 	EndedMax int
+	// MaxBuilds bounds how many builds are under way at once: 20 by default.
+	MaxBuilds int
+	// MaxUpload and MaxUploads bound one upload and all of them, in bytes: 8 GiB and 32 GiB by default.
+	MaxUpload  int64
+	MaxUploads int64
 	// SuspectAfter and DownAfter are how long a node may be silent: 15 s and 60 s by default.
 	SuspectAfter time.Duration
 	DownAfter    time.Duration
@@ -78,6 +83,9 @@ func (l Limits) withDefaults() Limits {
 	setDefault(&l.CallDeadline, 15*time.Second)
 	setDefault(&l.EndedFor, time.Hour)
 	setDefault(&l.EndedMax, 10_000)
+	setDefault(&l.MaxBuilds, 20)
+	setDefault(&l.MaxUpload, 8<<30)
+	setDefault(&l.MaxUploads, 32<<30)
 	setDefault(&l.SuspectAfter, 15*time.Second)
 	setDefault(&l.DownAfter, time.Minute)
 	setDefault(&l.DefaultResources, sandbox.Resources{MilliCPU: 2000, MemoryBytes: 512 << 20, DiskBytes: 4 << 30})
@@ -105,6 +113,8 @@ type Config struct {
 	About     About
 	// Random picks the scheduler's samples; nil means one seeded by the system. It is called by one goroutine at a time.
 	Random scheduler.Source
+	// UploadDir is where the files are kept that builds copy from; it is made with the first of them.
+	UploadDir string
 }
 
 // Control carries out what the API asks for.
@@ -123,6 +133,7 @@ type Control struct {
 	fleet   *fleet
 	catalog *catalog
 	builds  *builds
+	uploads *uploads
 	finder  *finder
 	saving  saving
 	// sweeps hands what nodes registered with to Run.
@@ -155,7 +166,8 @@ func New(ctx context.Context, cfg Config) (*Control, error) {
 		index:   newIndex(limits.EndedFor, limits.EndedMax),
 		fleet:   newFleet(cfg.Policy, cfg.Random, limits),
 		catalog: newCatalog(),
-		builds:  newBuilds(),
+		builds:  newBuilds(limits.MaxBuilds),
+		uploads: newUploads(cfg.UploadDir, limits.MaxUpload, limits.MaxUploads),
 		finder:  newFinder(),
 		sweeps:  make(chan roll, maxSweeps),
 		lookups: rate.NewLimiter(200, 200),
@@ -174,6 +186,7 @@ func (c *Control) Run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return c.runBuilds(ctx) })
 	g.Go(func() error { c.runSweeps(ctx); return nil })
+	g.Go(func() error { return c.runUploads(ctx) })
 	g.Go(func() error {
 		tick := time.NewTicker(pruneEvery)
 		defer tick.Stop()

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 	"time"
 
 	agentv1 "github.com/cloister-dev/cloister/internal/gen/agent/v1"
@@ -64,23 +63,15 @@ func (c *Control) Create(ctx context.Context, req CreateRequest) (sandbox.Sandbo
 	return c.dispatch(ctx, decision, msg)
 }
 
-// choose asks the scheduler for nodes. What starts from a checkpoint can only start where that is.
+// choose asks the scheduler for nodes that have what the sandbox starts from: the checkpoint or, without one, the image.
 func (c *Control) choose(b sandbox.Build, want sandbox.Resources) (scheduler.Decision, error) {
-	req := scheduler.Request{Resources: want, ImageDigest: b.ImageDigest}
+	req := scheduler.Request{Resources: want, Image: b.ImageDigest}
 	if b.Checkpoint != "" {
-		req.ImageDigest = b.ID
+		req.Image = b.ID
 	}
 	d := c.fleet.place(req, time.Now())
 	if len(d.Candidates) == 0 {
 		return d, refusal(d)
-	}
-	if b.Checkpoint == "" {
-		return d, nil
-	}
-	holders := c.fleet.holders(b.ID)
-	d.Candidates = slices.DeleteFunc(d.Candidates, func(n sandbox.NodeID) bool { return !slices.Contains(holders, n) })
-	if len(d.Candidates) == 0 {
-		return d, sandbox.Exhaustedf("no node that holds the saved state %s can take a sandbox now: %s", b.ID, d.Explain(explained))
 	}
 	return d, nil
 }

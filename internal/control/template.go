@@ -165,26 +165,3 @@ func (c *Control) GetTemplate(ctx context.Context, ref string) (sandbox.Template
 	t, _, err := c.resolve(ctx, ref)
 	return t, err
 }
-
-// DeleteTemplate removes a template and what only it used from the nodes. Running sandboxes stay.
-// Errors: ErrNotFound; ErrConflict for "base", without which nothing starts by default.
-func (c *Control) DeleteTemplate(ctx context.Context, ref string) error {
-	t, _, err := c.resolve(ctx, ref)
-	if err != nil {
-		return err
-	}
-	if slices.Contains(t.Names, DefaultTemplate) {
-		return sandbox.Conflictf("template %q is what sandboxes are made from by default: rebuild it instead", DefaultTemplate)
-	}
-	t, err = c.templates.DeleteTemplate(ctx, t.ID)
-	c.catalog.forget()
-	if err != nil {
-		return fmt.Errorf("delete template %q: %w", ref, err)
-	}
-	c.note(ctx, Event{
-		Type: "template_deleted", Message: fmt.Sprintf("template %s deleted", nameFor(t, string(t.ID))),
-		Fields: map[string]string{"template_id": string(t.ID)},
-	})
-	c.freeBuilds(ctx, t.ID, t.Builds)
-	return nil
-}

@@ -100,7 +100,7 @@ func (d *daemon) ensureTemplate(ctx context.Context) error {
 		return nil
 	}
 	for offset := int32(0); ; {
-		b, err := d.server.control.GetBuild(ctx, build.ID, offset, 10*time.Second)
+		b, err := d.server.control.GetBuild(ctx, control.BuildQuery{ID: build.ID, Offset: offset, Wait: 10 * time.Second})
 		if err != nil {
 			return fmt.Errorf("follow the build of template %s: %w", spec.Name, err)
 		}

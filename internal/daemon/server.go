@@ -47,7 +47,8 @@ func (d *daemon) buildServer(ctx context.Context) error {
 			MaxTimeout:       d.cfg.MaxTimeout,
 			DefaultResources: d.defaultResources(),
 		},
-		Policy: scheduler.Policy{MaxCreating: maxCreating},
+		Policy:    scheduler.Policy{MaxCreating: maxCreating},
+		UploadDir: d.path("server", "uploads"),
 		About:  control.About{Version: d.version, APIURL: d.cfg.PublicAPIURL, ProxyURL: d.cfg.PublicProxyURL, Ready: d.ready.Load},
 	})
 	if err != nil {

@@ -12,7 +12,7 @@ type Node struct {
 	State   sandbox.NodeState
 	Labels  map[string]string
 	Engines []string
-	// Images holds the content addresses that the node need not fetch or build.
+	// Images holds the content addresses of images and the ids of checkpoints that the node has.
 	Images map[string]struct{}
 	// Capacity is what the node has, before over-commit.
 	Capacity sandbox.Resources
@@ -37,8 +37,8 @@ type Request struct {
 	Resources sandbox.Resources
 	// Engine must be one of the node's engines; empty accepts any.
 	Engine string
-	// ImageDigest is preferred where it is already present.
-	ImageDigest string
+	// Image must be among the node's images: a node cannot fetch one. Empty accepts any node.
+	Image string
 	// Labels must all be on the node.
 	Labels map[string]string
 	// Random picks the sample; nil looks at the nodes in their order.
@@ -80,17 +80,15 @@ type Overcommit struct{ CPU, Memory, Disk float64 }
 type Weights struct {
 	// Load is the node's use after the placement, seen as the strategy sees it.
 	Load float64
-	// Image is whether the node has the image.
-	Image float64
 	// Warm is whether the node has a sandbox ready to be claimed.
 	Warm float64
 	// Creating is how few creations the node has under way.
 	Creating float64
 }
 
-// DefaultWeights returns the weights that are used where a policy names none: load decides among nodes that have the
-// image, and a missing image outweighs a large difference in load.
-func DefaultWeights() Weights { return Weights{Load: 1, Image: 1, Warm: 0.25, Creating: 0.25} }
+// DefaultWeights returns the weights that are used where a policy names none: load decides, and a warm sandbox breaks near
+// ties.
+func DefaultWeights() Weights { return Weights{Load: 1, Warm: 0.25, Creating: 0.25} }
 
 func (p Policy) withDefaults() Policy {
 	if p.Strategy == "" {

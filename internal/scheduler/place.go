@@ -74,12 +74,13 @@ func (p Policy) judge(n *Node, r *Request) Verdict {
 		v.Refusal = NoLabel
 	case !r.Resources.Fits(limit):
 		v.Refusal = TooLarge
+	case !n.hasImage(r.Image):
+		v.Refusal = NoImage
 	case !r.Resources.Fits(v.Free):
 		v.Refusal = NoRoom
 	case n.Creating >= p.MaxCreating:
 		v.Refusal = Busy
 	default:
-		v.Image = n.hasImage(r.ImageDigest)
 		v.Load = load(n.Allocated.Add(r.Resources), limit)
 		v.Score = p.score(&v)
 	}
@@ -94,14 +95,11 @@ func (p Policy) score(v *Verdict) float64 {
 		use = v.Load
 	}
 	sum := w.Load * use
-	if v.Image {
-		sum += w.Image
-	}
 	if v.Warm > 0 {
 		sum += w.Warm
 	}
 	sum += w.Creating * (1 - float64(v.Creating)/float64(p.MaxCreating))
-	return sum / (w.Load + w.Image + w.Warm + w.Creating)
+	return sum / (w.Load + w.Warm + w.Creating)
 }
 
 // load returns the fullest part of the machine, 0 to 1.

@@ -28,7 +28,7 @@ func machine(id string, used int64) Node {
 func small() Request {
 	return Request{
 		Resources: sandbox.Resources{MilliCPU: 1000, MemoryBytes: gib, DiskBytes: gib},
-		Engine:    "gvisor", ImageDigest: "sha256:base",
+		Engine:    "gvisor", Image: "sha256:base",
 	}
 }
 
@@ -42,7 +42,7 @@ func TestPlaceOrder(t *testing.T) {
 	}{
 		{"spread is the default", Policy{}, nil, "[b d a c]"},
 		{"binpack", Policy{Strategy: Binpack}, nil, "[c a d b]"},
-		{"a missing image outweighs load", Policy{}, func(n []Node) { n[1].Images = nil }, "[d a c b]"},
+		{"a node without the image is left out", Policy{}, func(n []Node) { n[1].Images = nil }, "[d a c]"},
 		{"warm breaks near ties", Policy{}, func(n []Node) { n[1].Allocated.MilliCPU, n[3].Warm = 1000, 2 }, "[d b a c]"},
 		{
 			"fewer creations are better",
@@ -94,6 +94,7 @@ func TestPlaceRefusals(t *testing.T) {
 			"disk", func(n *Node) { n.Capacity.DiskBytes = 0 }, nil,
 			"node a is too small: wants 1024 MiB of disk, 0 of 0 free", true,
 		},
+		{"image", func(n *Node) { n.Images = nil }, nil, "node a does not have the template", false},
 		{"busy", func(n *Node) { n.Creating = 64 }, nil, "node a is busy: 64 sandboxes being created", false},
 	}
 	for _, tt := range tests {
@@ -210,7 +211,7 @@ func TestPlaceProperties(t *testing.T) {
 // fits states the filters a second time, in the plainest way.
 func (p Policy) fits(n *Node, r Request) bool {
 	free := n.Capacity.Sub(n.Allocated)
-	return n.State == sandbox.NodeReady && slices.Contains(n.Engines, r.Engine) && n.Creating < p.MaxCreating &&
+	return n.State == sandbox.NodeReady && slices.Contains(n.Engines, r.Engine) && n.Creating < p.MaxCreating && n.hasImage(r.Image) &&
 		r.Resources.MilliCPU <= free.MilliCPU && r.Resources.MemoryBytes <= free.MemoryBytes &&
 		r.Resources.DiskBytes <= free.DiskBytes
 }

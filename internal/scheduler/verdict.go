@@ -21,6 +21,8 @@ const (
 	NoLabel
 	// TooLarge means that the request exceeds the node's capacity even when it is empty.
 	TooLarge
+	// NoImage means that the node lacks what the sandbox is to start from.
+	NoImage
 	// NoRoom means that the request exceeds what is free.
 	NoRoom
 	// Busy means that too many creations are under way.
@@ -31,10 +33,9 @@ const (
 type Verdict struct {
 	Node    sandbox.NodeID
 	Refusal Refusal
-	// Score, Load and Image are set where Refusal is Accepted.
+	// Score and Load are set where Refusal is Accepted.
 	Score float64
 	Load  float64
-	Image bool
 
 	State    sandbox.NodeState
 	Creating int
@@ -48,12 +49,8 @@ type Verdict struct {
 func (v Verdict) String() string {
 	switch v.Refusal {
 	case Accepted:
-		image := "has the image"
-		if !v.Image {
-			image = "lacks the image"
-		}
-		return fmt.Sprintf("node %s scores %.3f: %.0f %% used with it, %s, %d warm, %d being created",
-			v.Node, v.Score, v.Load*100, image, v.Warm, v.Creating)
+		return fmt.Sprintf("node %s scores %.3f: %.0f %% used with it, %d warm, %d being created",
+			v.Node, v.Score, v.Load*100, v.Warm, v.Creating)
 	case NotReady:
 		return fmt.Sprintf("node %s is %s", v.Node, v.State)
 	case NoEngine:
@@ -62,6 +59,8 @@ func (v Verdict) String() string {
 		return fmt.Sprintf("node %s lacks a wanted label", v.Node)
 	case TooLarge:
 		return fmt.Sprintf("node %s is too small: %s", v.Node, shortOf(v.Want, v.Limit, v.Limit))
+	case NoImage:
+		return fmt.Sprintf("node %s does not have the template", v.Node)
 	case NoRoom:
 		return fmt.Sprintf("node %s is full: %s", v.Node, shortOf(v.Want, v.Free, v.Limit))
 	case Busy:

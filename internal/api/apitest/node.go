@@ -6,7 +6,6 @@ import (
 	"maps"
 	"slices"
 	"strconv"
-	"strings"
 	"sync"
 	"time"
 
@@ -42,9 +41,8 @@ type Node struct {
 	allocated sandbox.Resources
 	changes   []*nodev1.Change
 	sequence  int64
-	builds    map[string]*agentv1.GetBuildResponse
+	builds    builds
 	created   []*agentv1.CreateRequest
-	asked     []*agentv1.BuildRequest
 	removed   []string
 	saved     saved
 }
@@ -53,7 +51,7 @@ type Node struct {
 func NewNode(id sandbox.NodeID) *Node {
 	return &Node{
 		ID: id, Capacity: sandbox.Resources{MilliCPU: 1 << 40, MemoryBytes: 1 << 60, DiskBytes: 1 << 60},
-		boxes: make(map[string]*agentv1.Sandbox), builds: make(map[string]*agentv1.GetBuildResponse),
+		boxes: make(map[string]*agentv1.Sandbox), builds: newBuilds(),
 	}
 }
 
@@ -300,86 +298,4 @@ func (n *Node) Logs(_ context.Context, req *agentv1.LogsRequest) (*agentv1.LogsR
 		})
 	}
 	return &agentv1.LogsResponse{Entries: out}, nil
-}
-
-// Build implements agent.v1: the build stays under way until FinishBuild.
-func (n *Node) Build(_ context.Context, req *agentv1.BuildRequest) (*agentv1.BuildResponse, error) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	if n.err != nil {
-		return nil, n.err
-	}
-	n.asked = append(n.asked, req)
-	n.builds[req.GetBuildId()] = &agentv1.GetBuildResponse{
-		State: agentv1.BuildState_BUILD_STATE_BUILDING, Step: "fetch", Progress: 0.25, Source: strings.Join(req.GetSources()[:min(1, len(req.GetSources()))], ""),
-		Entries: []*agentv1.LogEntry{{Time: timestamppb.Now(), Level: "info", Message: "fetching"}},
-	}
-	return &agentv1.BuildResponse{BuildId: req.GetBuildId()}, nil
-}
-
-// FinishBuild ends a build: with an image where failure is empty.
-func (n *Node) FinishBuild(id, digest, failure string) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	b := n.builds[id]
-	b.State, b.Progress, b.ImageDigest, b.ImageBytes, b.Error = agentv1.BuildState_BUILD_STATE_READY, 1, digest, 1<<20, failure
-	if failure != "" {
-		b.State = agentv1.BuildState_BUILD_STATE_FAILED
-	}
-	b.Entries = append(b.Entries, &agentv1.LogEntry{Time: timestamppb.Now(), Level: "info", Message: "done"})
-}
-
-// ForgetBuilds drops all builds, as a restart does.
-func (n *Node) ForgetBuilds() {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	clear(n.builds)
-}
-
-// GetBuild implements agent.v1. Where there is nothing new it waits.
-func (n *Node) GetBuild(ctx context.Context, req *agentv1.GetBuildRequest) (*agentv1.GetBuildResponse, error) {
-	until := time.NewTimer(req.GetWait().AsDuration())
-	defer until.Stop()
-	look := time.NewTicker(time.Millisecond)
-	defer look.Stop()
-	for {
-		b, err := n.buildNow(req)
-		if err != nil || len(b.GetEntries()) > 0 || b.GetState() != agentv1.BuildState_BUILD_STATE_BUILDING {
-			return b, err
-		}
-		select {
-		case <-ctx.Done():
-			return nil, connect.NewError(connect.CodeCanceled, ctx.Err())
-		case <-until.C:
-			return b, nil
-		case <-look.C:
-		}
-	}
-}
-
-func (n *Node) buildNow(req *agentv1.GetBuildRequest) (*agentv1.GetBuildResponse, error) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	if n.err != nil {
-		return nil, n.err
-	}
-	b, ok := n.builds[req.GetBuildId()]
-	if !ok {
-		return nil, connect.NewError(connect.CodeNotFound, fmt.Errorf("build %s is not here", req.GetBuildId()))
-	}
-	c, _ := proto.Clone(b).(*agentv1.GetBuildResponse) // of the same type
-	c.EntriesTotal = int32(len(c.Entries))             //nolint:gosec // a test's few
-	c.Entries = c.Entries[min(int(req.GetOffset()), len(c.Entries)):]
-	if limit := int(req.GetLimit()); limit > 0 {
-		c.Entries = c.Entries[:min(limit, len(c.Entries))]
-	}
-	return c, nil
-}
-
-// RemoveTemplate implements agent.v1.
-func (n *Node) RemoveTemplate(_ context.Context, req *agentv1.RemoveTemplateRequest) (*agentv1.RemoveTemplateResponse, error) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	n.removed = append(n.removed, req.GetImageDigest())
-	return &agentv1.RemoveTemplateResponse{}, n.err
 }

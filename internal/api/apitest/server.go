@@ -31,8 +31,9 @@ type Cluster struct {
 	Agents  *Agents
 	Node    *Node
 
-	epochs map[sandbox.NodeID]int64
-	acked  map[sandbox.NodeID]int64
+	uploads string
+	epochs  map[sandbox.NodeID]int64
+	acked   map[sandbox.NodeID]int64
 }
 
 // NewCluster returns a cluster with one registered node and the template base. change may alter the configuration.
@@ -42,6 +43,7 @@ func NewCluster(tb testing.TB, change func(*control.Config)) *Cluster {
 		Records: NewRecords(), Agents: &Agents{nodes: make(map[sandbox.NodeID]agentv1connect.AgentServiceClient)},
 		Node: NewNode("aaaaaa"), epochs: make(map[sandbox.NodeID]int64), acked: make(map[sandbox.NodeID]int64),
 	}
+	c.uploads = tb.TempDir()
 	now := time.Now().UTC()
 	err := c.Records.CreateTemplate(tb.Context(), sandbox.Template{
 		ID: BaseID, Kind: sandbox.TemplateBuilt, Names: []string{"base"}, CreatedAt: now, UpdatedAt: now,
@@ -64,7 +66,7 @@ func (c *Cluster) Restart(tb testing.TB, change func(*control.Config)) {
 	tb.Helper()
 	cfg := control.Config{
 		Agents: c.Agents, Templates: c.Records, Nodes: c.Records, Secrets: c.Records, Keys: c.Records, History: c.Records,
-		Log: slog.New(slog.DiscardHandler), Random: rand.NewPCG(1, 2),
+		Log: slog.New(slog.DiscardHandler), Random: rand.NewPCG(1, 2), UploadDir: c.uploads,
 		About: control.About{Version: "test", APIURL: "http://api.test", ProxyURL: "http://proxy.test"},
 	}
 	if change != nil {

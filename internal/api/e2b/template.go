@@ -37,7 +37,10 @@ func buildStatus(b sandbox.Build) string {
 }
 
 func templateToWire(t sandbox.Template) templateWire {
-	b, _ := t.Newest()
+	b, ok := t.Tagged(sandbox.DefaultTag)
+	if !ok {
+		b, _ = t.Newest()
+	}
 	w := templateWire{
 		TemplateID: string(t.ID), BuildID: b.ID, BuildStatus: buildStatus(b), Aliases: t.Names, Names: t.Names,
 		CPUCount: cpus(b.Resources.MilliCPU), MemoryMB: b.Resources.MemoryBytes / mib, DiskSizeMB: b.Resources.DiskBytes / mib,
@@ -57,7 +60,9 @@ func (s *server) listTemplates(w http.ResponseWriter, r *http.Request) error {
 	}
 	out := make([]templateWire, 0, len(all))
 	for _, t := range all {
-		out = append(out, templateToWire(t))
+		if t.Kind != sandbox.TemplateSnapshot { // those have a list of their own
+			out = append(out, templateToWire(t))
+		}
 	}
 	return exchange.JSON(w, http.StatusOK, out)
 }
@@ -124,7 +129,7 @@ func (s *server) templatePart(w http.ResponseWriter, r *http.Request) error {
 	case r.PathValue("id") == "aliases":
 		return s.getAlias(w, r, r.PathValue("part"))
 	case r.PathValue("part") == "tags":
-		return notSupported("tagging a template")
+		return s.listTags(w, r)
 	}
 	return sandbox.NotFoundf("%s %.80q is no operation", r.Method, r.URL.Path)
 }

@@ -11,17 +11,7 @@ import (
 func (s *server) unsupported() []exchange.Route {
 	return []exchange.Route{
 		{Method: "PUT", Path: "/sandboxes/{id}/network", Handle: s.cannot("changing the network of a running sandbox")},
-		{Method: "POST", Path: "/v3/templates", Handle: cannot("building a template through this API")},
-		{Method: "POST", Path: "/v2/templates", Handle: cannot("building a template through this API")},
-		{Method: "POST", Path: "/templates", Handle: cannot("building a template through this API")},
-		{Method: "PATCH", Path: "/templates/{id}", Handle: cannot("publishing a template")},
-		{Method: "PATCH", Path: "/v2/templates/{id}", Handle: cannot("publishing a template")},
-		{Method: "GET", Path: "/templates/{id}/files/{hash}", Handle: cannot("uploading files for a template")},
-		{Method: "POST", Path: "/v2/templates/{id}/builds/{build}", Handle: cannot("building a template through this API")},
-		{Method: "GET", Path: "/templates/{id}/builds/{build}/status", Handle: cannot("following a build through this API")},
-		{Method: "GET", Path: "/templates/{id}/builds/{build}/logs", Handle: cannot("following a build through this API")},
-		{Method: "POST", Path: "/templates/tags", Handle: cannot("tagging a template")},
-		{Method: "DELETE", Path: "/templates/tags", Handle: cannot("tagging a template")},
+		{Method: "POST", Path: "/templates", Handle: cannot("building a template from an image that the client pushes")},
 		{Method: "GET", Path: "/volumes", Handle: cannot("listing volumes")},
 		{Method: "POST", Path: "/volumes", Handle: cannot("making a volume")},
 		{Method: "GET", Path: "/volumes/{id}", Handle: cannot("reading a volume")},

@@ -69,7 +69,9 @@ func (s *server) getBuild(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	b, err := s.control.GetBuild(r.Context(), r.PathValue("id"), int32(offset), time.Duration(wait)*time.Second) //nolint:gosec // bounded above
+	b, err := s.control.GetBuild(r.Context(), control.BuildQuery{
+		ID: r.PathValue("id"), Offset: int32(offset), Wait: time.Duration(wait) * time.Second, //nolint:gosec // bounded above
+	})
 	if err != nil {
 		return err
 	}
