@@ -242,6 +242,10 @@ func newWorld(t *testing.T) *world {
 	mux.HandleFunc("/files", w.guest.serveFiles)
 	prefix := "/sandbox/" + box.ID + "/49983"
 	proxy := httptest.NewServer(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		if strings.HasSuffix(r.URL.Path, "/49983/health") { // of every sandbox
+			rw.WriteHeader(http.StatusNoContent)
+			return
+		}
 		if r.Header.Get("X-Access-Token") != w.token || !strings.HasPrefix(r.URL.Path, prefix) {
 			t.Errorf("unexpected request %s", r.URL)
 		}
