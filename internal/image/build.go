@@ -173,7 +173,7 @@ func (b *build) pack(ctx context.Context) error {
 		b.report(Progress{Step: "pack", Fraction: finalizeShare + (0.99-finalizeShare)*part})
 	})
 	if err == nil {
-		err = f.Sync()
+		err = out.flush()
 	}
 	if err := errors.Join(err, f.Close()); err != nil {
 		return fmt.Errorf("write the image: %w", full(err))

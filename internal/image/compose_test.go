@@ -260,6 +260,57 @@ func TestRecorder(t *testing.T) {
 	assertNoLeftovers(t, s)
 }
 
+// TestSparseFile records and composes a file of 256 MiB that is almost all holes: a guest can make such files for nothing.
+func TestSparseFile(t *testing.T) {
+	s := newStore(t, nil)
+	under := base(t, s)
+	var archive bytes.Buffer
+	w := tar.NewWriter(&archive)
+	const size = 256 << 20
+	if err := w.WriteHeader(&tar.Header{Name: "sparse", Mode: 0o644, Size: size}); err != nil {
+		t.Fatal(err)
+	}
+	body := make([]byte, size)
+	body[size/2], body[size-1] = 1, 2
+	if _, err := w.Write(body); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	r := s.NewRecorder()
+	defer closeTest(t, r)
+	for range 2 { // the second time, it is not kept again
+		if _, err := r.Add(t.Context(), bytes.NewReader(archive.Bytes())); err != nil {
+			t.Fatal(err)
+		}
+	}
+	layers, err := os.ReadDir(s.layerDir())
+	if err != nil || len(layers) != 1 {
+		t.Fatalf("layers: %v, %v", layers, err)
+	}
+	img, err := s.Compose(t.Context(), under.Digest, []string{"sha256:" + layers[0].Name()}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Verify(t.Context(), img.Digest); err != nil {
+		t.Error(err)
+	}
+	file, err := s.Path(img.Digest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range []string{file, filepath.Join(s.layerDir(), layers[0].Name())} {
+		var st unix.Stat_t
+		if err := unix.Stat(file, &st); err != nil {
+			t.Fatal(err)
+		}
+		if used := st.Blocks * 512; st.Size < size || used > 8<<20 {
+			t.Errorf("%s has %d bytes and takes %d", file, st.Size, used)
+		}
+	}
+}
+
 func stepKey(i int) string { return hashText(strconv.Itoa(i)) }
 
 func TestSteps(t *testing.T) {

@@ -11,6 +11,8 @@ import (
 	"os"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/cloister-dev/cloister/internal/image/tree"
 )
 
 const (
@@ -19,7 +21,7 @@ const (
 	flushEvery = 16 << 20
 )
 
-// imageWriter hashes an image while it is written, and shares blocks with another image where the file system can.
+// imageWriter hashes an image or layer while it is written, and shares blocks with another image where the file system can.
 type imageWriter struct {
 	file *os.File
 	sum  hash.Hash
@@ -38,9 +40,9 @@ func newImageWriter(f *os.File) *imageWriter { return &imageWriter{file: f, sum:
 // digest is that of all that was written.
 func (o *imageWriter) digest() string { return "sha256:" + hex.EncodeToString(o.sum.Sum(nil)) }
 
-// Write implements io.Writer.
+// Write implements io.Writer. Blocks of zeros take no room.
 func (o *imageWriter) Write(p []byte) (int, error) {
-	n, err := o.file.WriteAt(p, o.at)
+	n, err := tree.WriteSparse(o.file, p, o.at)
 	o.at += int64(n)
 	_, _ = o.sum.Write(p[:n])
 	if o.at-o.flushed >= flushEvery {
@@ -65,6 +67,14 @@ func (o *imageWriter) Clone(ctx context.Context, src *os.File, off, size int64) 
 		_, err := o.sum.Write(p)
 		return err
 	})
+}
+
+// flush completes the file and has the disk write it.
+func (o *imageWriter) flush() error {
+	if err := o.file.Truncate(o.at); err != nil { // where the last bytes were left out
+		return err
+	}
+	return o.file.Sync()
 }
 
 func (o *imageWriter) share(src *os.File, off, size int64) bool {

@@ -23,7 +23,8 @@ const freshFor = time.Hour
 type Layer struct {
 	// Digest of the archive, "sha256:" and 64 hex digits; empty where nothing changed.
 	Digest string
-	Bytes  int64
+	// Bytes is the archive's length; on disk, runs of zeros take no room.
+	Bytes int64
 }
 
 func (s *Store) layerDir() string { return filepath.Join(s.cfg.Dir, "layers") }
@@ -63,14 +64,11 @@ func (s *Store) hasLayer(digest string) bool {
 	return err == nil && info.Mode().IsRegular()
 }
 
-// keepLayer flushes a layer's file and moves it into the store. Prune leaves it there for an hour, within which a step or
+// keepLayer moves a layer's flushed file into the store. Prune leaves it there for an hour, within which a step or
 // an image has to refer to it.
 func (s *Store) keepLayer(f *os.File, digest string) error {
 	to, err := s.layerPath(digest)
 	if err != nil {
-		return err
-	}
-	if err := f.Sync(); err != nil {
 		return err
 	}
 	s.keeping.Lock()

@@ -2,8 +2,6 @@ package image
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -65,18 +63,17 @@ func (r *Recorder) Add(ctx context.Context, archive io.Reader) (layer Layer, err
 
 // write writes what is new in next to f and moves it into the store.
 func (r *Recorder) write(ctx context.Context, f *os.File, next *delta.Archive) (Layer, error) {
-	sum := sha256.New()
-	entries, err := next.Write(ctx, io.MultiWriter(sum, f), r.last, func(off, size int64) tree.Content {
+	out := newImageWriter(f)
+	entries, err := next.Write(ctx, out, r.last, func(off, size int64) tree.Content {
 		return tree.Extent{File: f, Off: off, Bytes: size}
 	})
 	if err != nil || entries == 0 {
 		return Layer{}, err
 	}
-	info, err := f.Stat()
-	if err != nil {
+	if err := out.flush(); err != nil {
 		return Layer{}, err
 	}
-	layer := Layer{Digest: "sha256:" + hex.EncodeToString(sum.Sum(nil)), Bytes: info.Size()}
+	layer := Layer{Digest: out.digest(), Bytes: out.at}
 	return layer, r.store.keepLayer(f, layer.Digest)
 }
 

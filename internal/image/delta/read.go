@@ -224,8 +224,8 @@ func (r *reading) contents(n *inode, body io.Reader, old *inode) error {
 	sum.Sum(n.sum[:0])
 	n.content = content
 	if old.isFile() && old.kept != nil && old.size == n.size && old.sum == n.sum {
-		r.spool.Rewind(mark)
 		n.content, n.kept = nil, old.kept
+		return r.spool.Rewind(mark)
 	}
 	return nil
 }

@@ -1,6 +1,7 @@
 package tree
 
 import (
+	"bytes"
 	"fmt"
 	"io"
 	"os"
@@ -8,7 +9,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-const copyBuffer = 256 << 10
+const (
+	copyBuffer = 256 << 10
+	// sparseBlock is the unit in which file systems leave holes.
+	sparseBlock = 4096
+)
 
 // Spool keeps the contents of files that arrive as a stream. It is a nameless file: whatever ends the process frees it.
 type Spool struct {
@@ -31,14 +36,17 @@ func NewSpool(dir string) (*Spool, error) {
 	return &Spool{file: f, buf: make([]byte, copyBuffer)}, nil
 }
 
-// Add keeps the next size bytes of r.
+// Add keeps the next size bytes of r. Blocks of zeros take no room.
 func (s *Spool) Add(r io.Reader, size int64) (Content, error) {
 	if size == 0 {
 		return nil, nil //nolint:nilnil // no content is what an empty file has
 	}
 	part := Extent{File: s.file, Off: s.end, Bytes: size}
-	n, err := io.CopyBuffer(plainWriter{io.NewOffsetWriter(s.file, s.end)}, io.LimitReader(r, size), s.buf)
+	n, err := io.CopyBuffer(&sparseWriter{s.file, s.end}, io.LimitReader(r, size), s.buf)
 	s.end += n
+	if err == nil {
+		err = s.file.Truncate(s.end) // where the last bytes were left out
+	}
 	switch {
 	case err != nil:
 		return nil, fmt.Errorf("spool %d bytes: %w", size, err)
@@ -48,11 +56,62 @@ func (s *Spool) Add(r io.Reader, size int64) (Content, error) {
 	return part, nil
 }
 
+// sparseWriter writes to a part of a file and leaves out blocks that are all zeros.
+type sparseWriter struct {
+	file *os.File
+	at   int64
+}
+
+// Write implements io.Writer.
+func (s *sparseWriter) Write(p []byte) (int, error) {
+	n, err := WriteSparse(s.file, p, s.at)
+	s.at += int64(n)
+	return n, err
+}
+
+// WriteSparse writes p at an offset of a file that has only zeros from there on, and leaves out blocks of zeros. Where the
+// last ones are left out, the file stays shorter: truncate it in the end.
+func WriteSparse(f *os.File, p []byte, off int64) (int, error) {
+	done := 0
+	for done < len(p) {
+		run := 0
+		for rest := p[done:]; run < len(rest); {
+			block := nextBlock(rest[run:], off+int64(done+run))
+			if isZero(block) {
+				break
+			}
+			run += len(block)
+		}
+		n, err := f.WriteAt(p[done:done+run], off+int64(done))
+		if done += n; err != nil {
+			return done, err
+		}
+		for done < len(p) {
+			block := nextBlock(p[done:], off+int64(done))
+			if !isZero(block) {
+				break
+			}
+			done += len(block)
+		}
+	}
+	return done, nil
+}
+
+// nextBlock returns what of p, which lies at off, is in its first block.
+func nextBlock(p []byte, off int64) []byte {
+	return p[:min(int64(len(p)), sparseBlock-off%sparseBlock)]
+}
+
+func isZero(p []byte) bool { return p[0] == 0 && bytes.Equal(p[1:], p[:len(p)-1]) }
+
 // Mark is the place up to which the spool is in use.
 func (s *Spool) Mark() int64 { return s.end }
 
 // Rewind forgets what was added after mark was taken.
-func (s *Spool) Rewind(mark int64) { s.end = mark }
+func (s *Spool) Rewind(mark int64) error {
+	s.end = mark
+	return s.file.Truncate(mark) // what is added next may rely on zeros
+}
 
 // Close frees the spool. Contents that it returned cannot be read any more.
 func (s *Spool) Close() error { return s.file.Close() }

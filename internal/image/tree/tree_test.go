@@ -426,6 +426,33 @@ func TestEdit(t *testing.T) {
 	}
 }
 
+func TestWriteSparse(t *testing.T) {
+	f, err := os.CreateTemp(t.TempDir(), "sparse")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = f.Close() }()
+	want := make([]byte, 64<<10)
+	for _, at := range []int{0, 4095, 4096, 20_000, 40_959, 65_535} {
+		want[at] = 1
+	}
+	for at := 0; at < len(want); { // pieces that end anywhere
+		n, err := WriteSparse(f, want[at:min(at+7777, len(want))], int64(at))
+		if err != nil {
+			t.Fatal(err)
+		}
+		at += n
+	}
+	got, err := os.ReadFile(f.Name())
+	if err != nil || !bytes.Equal(got, want) {
+		t.Errorf("read back: %v, %d bytes, equal %v", err, len(got), bytes.Equal(got, want))
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil || st.Blocks*512 > 6*4096 {
+		t.Errorf("5 blocks with something take %d bytes: %v", st.Blocks*512, err)
+	}
+}
+
 func FuzzApplyLayer(f *testing.F) {
 	f.Add(layerOf(f, file("a", "1"), hard("a", "b"), sym("../..", "c"), file("c/d", "2"), file(".wh.a", "")), []byte{})
 	f.Add(layerOf(f, file("d/x", "1")), layerOf(f, file("d/.wh..wh..opq", ""), hard("d/x", "y")))
