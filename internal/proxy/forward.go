@@ -173,7 +173,7 @@ func (f *forwarder) diagnose(ctx context.Context, ex *exchange, err error) *fail
 		return shuttingDown(t, err)
 	case errors.Is(cut, errSandboxEnded):
 		return f.sandboxEnded(context.WithoutCancel(ctx), ex.dest, err)
-	case errors.As(err, &dial) && errors.Is(err, sandbox.ErrNotFound):
+	case errors.As(err, &dial) && (errors.Is(err, sandbox.ErrNotFound) || errors.Is(err, sandbox.ErrConflict)):
 		return f.nodeLacks(context.WithoutCancel(ctx), ex.dest, err)
 	case errors.As(err, &dial):
 		return undialled(t, dial)
@@ -202,10 +202,13 @@ func undialled(t target, err error) *failure {
 	return unreachable(t, err)
 }
 
-// nodeLacks answers when the router still names a node that the sandbox has left.
+// nodeLacks answers when the router still names a node that the sandbox has left, or where it is being paused or resumed.
 func (f *forwarder) nodeLacks(ctx context.Context, dest destination, err error) *failure {
 	route, ok := f.settle(ctx, dest)
-	if !ok {
+	switch {
+	case !ok && errors.Is(err, sandbox.ErrConflict):
+		route.State = sandbox.StatePausing // or back already: the next request gets through
+	case !ok:
 		return notFound(dest.target, err)
 	}
 	fail := notServing(dest.target, route)
@@ -216,10 +219,16 @@ func (f *forwarder) nodeLacks(ctx context.Context, dest destination, err error) 
 // sandboxEnded answers for a request that its sandbox did not outlive.
 func (f *forwarder) sandboxEnded(ctx context.Context, dest destination, err error) *failure {
 	route, _ := f.settle(ctx, dest)
-	return &failure{
+	fail := &failure{
 		status: http.StatusBadGateway, cause: causeEnded, id: dest.id, port: dest.port, title: "Sandbox Ended",
 		message: withReason("The sandbox ended while the request was open", route.Reason), err: err,
 	}
+	switch route.State { //nolint:exhaustive // all others have ended, or nothing is known of them
+	case sandbox.StatePausing, sandbox.StatePaused, sandbox.StateResuming:
+		fail.title, fail.message = "Sandbox Paused", "The sandbox was paused while the request was open"
+	default:
+	}
+	return fail
 }
 
 // settle waits a moment for the news that a sandbox no longer runs, and why. It is not ok when there is no such news.

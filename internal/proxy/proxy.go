@@ -53,8 +53,9 @@ type router interface {
 
 // dialer reaches into sandboxes.
 type dialer interface {
-	// DialGuest connects to a TCP port inside a sandbox. ErrNotFound: no such sandbox there; ErrUnavailable: nothing
-	// listens on the port. The connection is closed under its user when the sandbox ends.
+	// DialGuest connects to a TCP port inside a sandbox. ErrNotFound: no such sandbox there; ErrConflict: it is paused, or
+	// on its way there or back; ErrUnavailable: nothing listens on the port. The connection is closed under its user when the
+	// sandbox ends or is paused.
 	DialGuest(ctx context.Context, id sandbox.ID, port uint16) (net.Conn, error)
 }
 

@@ -142,6 +142,7 @@ func TestUnreachable(t *testing.T) {
 		{"router is away", sandbox.Unavailablef("no server"), nil, 503, "The sandbox cannot be reached now. Try again in a moment.", "unreachable"},
 		{"node is away", nil, errors.New("no route to host"), 503, "The sandbox cannot be reached now. Try again in a moment.", "unreachable"},
 		{"node does not know it", nil, sandbox.NotFoundf("sandbox"), 502, "The sandbox was not found", "not_found"},
+		{"node pauses it", nil, sandbox.Conflictf("sandbox is pausing"), 409, "The sandbox is still transitioning. Try again in a moment.", "transitioning"},
 		{"connecting takes too long", nil, context.DeadlineExceeded, 504, "The sandbox did not accept the connection in time", "timeout"},
 	}
 	for _, tt := range tests {
