@@ -71,6 +71,7 @@ func (c *Control) resume(ctx context.Context, h held, req ConnectRequest) (sandb
 	id, node := h.box.ID, h.box.NodeID
 	ctx, cancel := context.WithTimeout(ctx, c.limits.CreateDeadline)
 	defer cancel()
+	defer c.passing(h, sandbox.StatePaused, sandbox.StateResuming)()
 	done := func(load *agentv1.Load) { c.fleet.answered(node, load) }
 	if h.box.State == sandbox.StatePaused { // it takes room, as a create does
 		done = c.fleet.dispatch(node, h.box.Resources)

@@ -59,6 +59,24 @@ func (c *Control) settled(ctx context.Context, h held, command func(context.Cont
 	}
 }
 
+// passing has the index say, until the returned function is called or the node says more, that a sandbox is on its way:
+// nodes do not report states that last for milliseconds, and traffic should not try its luck meanwhile.
+func (c *Control) passing(h held, from, through sandbox.State) (done func()) {
+	turn := func(a, b sandbox.State) func() {
+		return func() {
+			c.index.change(h.box.ID, time.Now(), func(e *entry) bool {
+				if e.box.State != a || e.box.Generation != h.box.Generation {
+					return false
+				}
+				e.box.State = b
+				return true
+			})
+		}
+	}
+	turn(from, through)()
+	return turn(through, from)
+}
+
 // onItsWay reports whether a state is one that passes by itself.
 func onItsWay(s sandbox.State) bool {
 	switch s {

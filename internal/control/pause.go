@@ -22,6 +22,7 @@ func (c *Control) Pause(ctx context.Context, id sandbox.ID, kind sandbox.Checkpo
 	}
 	ctx, cancel := context.WithTimeout(ctx, c.limits.CreateDeadline)
 	defer cancel()
+	defer c.passing(h, sandbox.StateRunning, sandbox.StatePausing)()
 	var resp *agentv1.PauseResponse
 	err = c.settled(ctx, h, func(ctx context.Context) (err error) {
 		resp, err = h.agent.Pause(ctx, &agentv1.PauseRequest{Id: string(id), Kind: keep})
