@@ -191,20 +191,15 @@ func (w *walk) take(src *Source, at, name string, info fs.FileInfo) error {
 			return err
 		}
 		left, all, err := w.leaves(p)
-		if err != nil {
+		switch {
+		case err != nil:
 			return err
-		}
-		if all && d.IsDir() && p != "." {
+		case all && d.IsDir():
 			return fs.SkipDir
-		}
-		if left || p == "." || p == at && name == "." {
+		case left, p == at && name == ".":
 			return nil
 		}
-		below := strings.TrimPrefix(strings.TrimPrefix(p, at), "/")
-		if at == "." {
-			below = p
-		}
-		return w.found(p, path.Join(name, below), p == at)
+		return w.found(p, path.Join(name, strings.TrimPrefix(p, at)), p == at)
 	})
 }
 

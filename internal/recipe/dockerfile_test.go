@@ -19,8 +19,10 @@ func lines(d *Dockerfile) string {
 	return b.String()
 }
 
-const root = "USER|root\nWORKDIR|/\n"
-const user = "USER|user\nWORKDIR|/home/user\n"
+const (
+	root = "USER|root\nWORKDIR|/\n"
+	user = "USER|user\nWORKDIR|/home/user\n"
+)
 
 func TestParseDockerfile(t *testing.T) {
 	for _, tc := range []struct {
@@ -88,7 +90,7 @@ func TestParseDockerfile(t *testing.T) {
 				t.Errorf("image %q, start %q; steps (-want +got):\n%s", d.Image, d.StartCommand, diff)
 			}
 			warned := strings.Join(d.Warnings, "\n")
-			for _, w := range strings.Split(tc.warns, "|") {
+			for w := range strings.SplitSeq(tc.warns, "|") {
 				if !strings.Contains(warned, w) || tc.warns == "" && warned != "" {
 					t.Errorf("warnings %q, want %q", warned, w)
 				}

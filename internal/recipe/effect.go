@@ -28,10 +28,10 @@ const (
 )
 
 var (
-	userForm = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,31}$`)                                        //nolint:gochecknoglobals // compiled once, never written
-	ownForm  = regexp.MustCompile(`^([A-Za-z0-9_][A-Za-z0-9_.-]{0,31})?(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,31})?$`) //nolint:gochecknoglobals // as above
-	modeForm = regexp.MustCompile(`^[0-7]{1,5}$`)                                                              //nolint:gochecknoglobals // as above
-	hashForm = regexp.MustCompile(`^[a-z0-9-]{1,128}$`)                                                        //nolint:gochecknoglobals // as above
+	userForm = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,31}$`)
+	ownForm  = regexp.MustCompile(`^([A-Za-z0-9_][A-Za-z0-9_.-]{0,31})?(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,31})?$`)
+	modeForm = regexp.MustCompile(`^[0-7]{1,5}$`)
+	hashForm = regexp.MustCompile(`^[a-z0-9-]{1,128}$`)
 )
 
 // Check says what is wrong with a step. Errors: ErrInvalid.

@@ -3,6 +3,7 @@ package recipe
 import (
 	"cmp"
 	"path"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -111,7 +112,7 @@ func (d *reader) commandLine(c instructions.ShellDependantCmdLine, line int) (st
 		command = hereDocument(command, c.Files)
 	}
 	if d.shell != nil && strings.TrimSpace(command) != "" {
-		return join(append(d.shell[:len(d.shell):len(d.shell)], command)), nil
+		return join(append(slices.Clip(d.shell), command)), nil
 	}
 	return command, nil
 }
@@ -142,11 +143,11 @@ func hereDocument(command string, files []instructions.ShellInlineFile) string {
 func (d *reader) startCommand() string {
 	switch {
 	case d.entry != nil && d.cmd != nil && !d.entry.PrependShell && !d.cmd.PrependShell:
-		return join(append(d.entry.CmdLine[:len(d.entry.CmdLine):len(d.entry.CmdLine)], d.cmd.CmdLine...))
+		return join(append(slices.Clip(d.entry.CmdLine), d.cmd.CmdLine...))
 	case d.entry != nil && d.entry.PrependShell, d.entry != nil && d.cmd == nil:
 		return d.start(d.entry)
 	case d.entry != nil: // CMD in shell form are arguments: a shell and its command
-		return join(append(d.entry.CmdLine[:len(d.entry.CmdLine):len(d.entry.CmdLine)], "/bin/sh", "-c", strings.Join(d.cmd.CmdLine, " ")))
+		return join(append(slices.Clip(d.entry.CmdLine), "/bin/sh", "-c", strings.Join(d.cmd.CmdLine, " ")))
 	case d.cmd != nil:
 		return d.start(d.cmd)
 	}
