@@ -64,6 +64,7 @@ func (f *fakeImages) PutStep(key, layer string) error     { return f.store.PutSt
 func (f *fakeImages) Prune(ctx context.Context, inUse []string) error {
 	return f.store.Prune(ctx, inUse)
 }
+
 func (f *fakeImages) Push(_ context.Context, r image.PushRequest, _ func(image.Progress)) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()

@@ -41,7 +41,7 @@ const (
 	resultsDir = "results"
 )
 
-var hashForm = regexp.MustCompile(`^[a-z0-9-]{1,128}$`) //nolint:gochecknoglobals // compiled once, never written
+var hashForm = regexp.MustCompile(`^[a-z0-9-]{1,128}$`)
 
 // buildFiles is the directory of the archives that COPY steps take files from, by the hash that clients give them. A
 // complete one has its final name; what a crash leaves is a part, which an upload goes on with.
@@ -83,14 +83,14 @@ func (f *buildFiles) lock(ctx context.Context, hash string) (unlock func(), err 
 
 // PutFile stores a part of an archive. Data at offset 0 begins anew; a complete file stays as it is, whatever comes.
 func (a *Agent) PutFile(ctx context.Context, req *agentv1.PutFileRequest) (*agentv1.PutFileResponse, error) {
-	bytes, complete, err := a.files.put(ctx, req)
+	size, complete, err := a.files.put(ctx, req)
 	if errors.Is(err, syscall.ENOSPC) {
 		err = sandbox.Unavailablef("the disk of node %s is full (%v)", a.node, err)
 	}
 	if err != nil {
 		return nil, toWireError(err)
 	}
-	return &agentv1.PutFileResponse{Bytes: bytes, Complete: complete}, nil
+	return &agentv1.PutFileResponse{Bytes: size, Complete: complete}, nil
 }
 
 func (f *buildFiles) put(ctx context.Context, req *agentv1.PutFileRequest) (size int64, complete bool, err error) {
@@ -165,7 +165,7 @@ func (f *buildFiles) write(hash string, offset int64, data []byte) (size int64, 
 // complete gives a file its final name, after a look at whether it is one archive.
 func (f *buildFiles) complete(hash string) error {
 	name := f.path(hash)
-	part, err := os.OpenFile(name+partSuffix, os.O_RDWR, 0)
+	part, err := os.OpenFile(name+partSuffix, os.O_RDWR, 0) //nolint:gosec // below our own directory
 	if err != nil {
 		return err
 	}

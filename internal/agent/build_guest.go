@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"slices"
 	"strings"
 
 	"connectrpc.com/connect"
@@ -93,7 +94,12 @@ func (g *buildGuest) run(ctx context.Context, c command, out func(level, line st
 	if err := g.findShell(ctx); err != nil {
 		return "", err
 	}
-	cfg := &process.ProcessConfig{Cmd: g.shell[0], Args: append(g.shell[1:len(g.shell):len(g.shell)], c.text), Envs: c.guest.Env}
+	text := c.text
+	if path := c.guest.Env["PATH"]; path != "" {
+		// Most images' login shells set their own, whatever the image says.
+		text = "export PATH='" + strings.ReplaceAll(path, "'", `'\''`) + "'\n" + text
+	}
+	cfg := &process.ProcessConfig{Cmd: g.shell[0], Args: append(slices.Clip(g.shell[1:]), text), Envs: c.guest.Env}
 	if c.guest.WorkDir != "" {
 		cfg.Cwd = &c.guest.WorkDir
 	}
@@ -147,12 +153,11 @@ func guestError(ctx context.Context, err error) error {
 		return cause
 	}
 	text := err.Error()
-	var coded *connect.Error
-	if errors.As(err, &coded) {
+	if coded, ok := errors.AsType[*connect.Error](err); ok {
 		text = coded.Message()
 	}
 	text = clip(text, 500)
-	switch connect.CodeOf(err) {
+	switch connect.CodeOf(err) { //nolint:exhaustive // the rest is the agent's fault
 	case connect.CodeInvalidArgument, connect.CodeUnauthenticated, connect.CodeFailedPrecondition, connect.CodeNotFound,
 		connect.CodePermissionDenied, connect.CodeAlreadyExists:
 		return sandbox.Invalidf("%s", text)
@@ -163,19 +168,30 @@ func guestError(ctx context.Context, err error) error {
 	}
 }
 
-// makeDir makes a directory that belongs to the user, unless it is there.
-func (g *buildGuest) makeDir(ctx context.Context, name, user string) error {
-	_, err := g.files.MakeDir(actAs(ctx, user), &filesystem.MakeDirRequest{Path: name})
-	if err == nil || connect.CodeOf(err) == connect.CodeAlreadyExists {
-		return nil
+// makeDir makes a directory that belongs to the user, unless it is there, and reports whether it did.
+func (g *buildGuest) makeDir(ctx context.Context, name, user string) (made bool, err error) {
+	_, err = g.files.MakeDir(actAs(ctx, user), &filesystem.MakeDirRequest{Path: name})
+	switch {
+	case err == nil:
+		return true, nil
+	case connect.CodeOf(err) == connect.CodeAlreadyExists:
+		return false, nil
 	}
-	return guestError(ctx, err)
+	return false, guestError(ctx, err)
 }
 
-// ensureUser makes an account, unless it is there.
-func (g *buildGuest) ensureUser(ctx context.Context, name string) error {
+// ensureUser makes an account, unless it is there, and reports whether it did.
+func (g *buildGuest) ensureUser(ctx context.Context, name string) (made bool, err error) {
 	body := fmt.Sprintf(`{"user":%q}`, name) // the name has no characters that JSON and Go quote differently
-	return g.post(ctx, "/accounts", strings.NewReader(body), int64(len(body)))
+	answer, err := g.post(ctx, "/accounts", strings.NewReader(body), int64(len(body)))
+	if err != nil {
+		return false, err
+	}
+	var said struct {
+		Created *bool `json:"created"`
+	}
+	_ = json.Unmarshal(answer, &said) // what does not say so counts as made: whatever was done is kept
+	return said.Created == nil || *said.Created, nil
 }
 
 // copyIn unpacks an archive as a COPY step says.
@@ -184,33 +200,34 @@ func (g *buildGuest) copyIn(ctx context.Context, q url.Values, archive *os.File)
 	if err != nil {
 		return err
 	}
-	return g.post(ctx, "/copy?"+q.Encode(), archive, info.Size())
+	_, err = g.post(ctx, "/copy?"+q.Encode(), archive, info.Size())
+	return err
 }
 
-// post sends a request that is answered by nothing, or by why it failed.
-func (g *buildGuest) post(ctx context.Context, path string, body io.Reader, size int64) error {
+// post sends a request, and returns the answer of one that succeeded.
+func (g *buildGuest) post(ctx context.Context, path string, body io.Reader, size int64) ([]byte, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://sandbox"+path, io.NopCloser(body))
 	if err != nil {
-		return fmt.Errorf("make request %s: %w", path, err)
+		return nil, fmt.Errorf("make request %s: %w", path, err)
 	}
 	req.ContentLength = size
 	resp, err := g.http.Do(req)
 	if err != nil {
-		return guestError(ctx, err)
+		return nil, guestError(ctx, err)
 	}
 	defer func() { _ = resp.Body.Close() }() // what is left of it is of no use
 	answer, err := io.ReadAll(io.LimitReader(resp.Body, maxGuestText))
 	switch {
 	case err != nil:
-		return guestError(ctx, err)
+		return nil, guestError(ctx, err)
 	case resp.StatusCode/100 == 2:
-		return nil
+		return answer, nil
 	case resp.StatusCode == http.StatusInsufficientStorage:
-		return sandbox.Exhaustedf("%s", plainText(answer))
+		return nil, sandbox.Exhaustedf("%s", plainText(answer))
 	case resp.StatusCode/100 == 4:
-		return sandbox.Invalidf("%s", plainText(answer))
+		return nil, sandbox.Invalidf("%s", plainText(answer))
 	}
-	return sandbox.Unavailablef("the agent inside answered with status %d: %s", resp.StatusCode, plainText(answer))
+	return nil, sandbox.Unavailablef("the agent inside answered with status %d: %s", resp.StatusCode, plainText(answer))
 }
 
 // plainText is the message in an error of the agent inside, fit for people.

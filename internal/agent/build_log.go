@@ -43,8 +43,7 @@ func failedAt(step string, err error) error {
 }
 
 func stepOf(err error) string {
-	var at *stepError
-	if errors.As(err, &at) {
+	if at, ok := errors.AsType[*stepError](err); ok {
 		return at.step
 	}
 	return ""

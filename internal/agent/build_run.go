@@ -193,14 +193,17 @@ func (r *buildRun) step(ctx context.Context, s recipe.Step, after sandbox.GuestS
 	defer done()
 	sctx, cancel := context.WithTimeoutCause(sctx, stepTimeout, sandbox.Unavailablef("the step took longer than %v", stepTimeout))
 	defer cancel()
-	if err := r.perform(sctx, s, after, strconv.Itoa(i+1)); err != nil {
+	changed, err := r.perform(sctx, s, after, strconv.Itoa(i+1))
+	if err != nil {
 		if ctx.Err() == nil && !r.in.alive() {
 			err = context.Cause(sctx)
 		}
 		return "", err
 	}
-	if layer, err = r.record(sctx); err != nil {
-		return "", fmt.Errorf("keep what the step changed: %w", err)
+	if changed {
+		if layer, err = r.record(sctx); err != nil {
+			return "", fmt.Errorf("keep what the step changed: %w", err)
+		}
 	}
 	return layer, r.images.PutStep(r.keys[i], layer)
 }
@@ -241,7 +244,7 @@ func (r *buildRun) room(ctx context.Context, digest string) (*instance, error) {
 	deadline := time.Now().Add(roomTimeout)
 	for told := false; ; told = true {
 		in, err := r.admitBuild(ctx, r.bd.id, digest, r.order.size)
-		if !errors.Is(err, sandbox.ErrExhausted) || time.Now().After(deadline) {
+		if !errors.Is(err, sandbox.ErrExhausted) || time.Now().After(deadline) || !within(r.order.size, r.journal.Ledger().Capacity) {
 			return in, err
 		}
 		if !told {
@@ -251,6 +254,11 @@ func (r *buildRun) room(ctx context.Context, digest string) (*instance, error) {
 			return nil, context.Cause(ctx)
 		}
 	}
+}
+
+// within reports whether there could be room for what is asked for.
+func within(ask, capacity sandbox.Resources) bool {
+	return ask.MilliCPU <= capacity.MilliCPU && ask.MemoryBytes <= capacity.MemoryBytes && ask.DiskBytes <= capacity.DiskBytes
 }
 
 // compose returns the image of the base with layers on top.

@@ -9,22 +9,19 @@ import (
 	"github.com/cloister-dev/cloister/internal/sandbox"
 )
 
-// perform does what a step says. After is what is in force when it is done.
-func (r *buildRun) perform(ctx context.Context, s recipe.Step, after sandbox.GuestSettings, name string) error {
+// perform does what a step says, and reports whether that may have changed files. After is what is in force when it is done.
+func (r *buildRun) perform(ctx context.Context, s recipe.Step, after sandbox.GuestSettings, name string) (changed bool, err error) {
 	switch s.Type {
 	case recipe.Run:
-		return r.performRun(ctx, s, name)
+		return true, r.performRun(ctx, s, name)
 	case recipe.Copy:
-		return r.performCopy(ctx, s)
+		return true, r.performCopy(ctx, s)
 	case recipe.User:
 		return r.client.ensureUser(ctx, after.User)
 	case recipe.WorkDir:
-		if after.WorkDir == "" {
-			return nil
-		}
 		return r.client.makeDir(ctx, after.WorkDir, userOf(&after))
 	}
-	return sandbox.Invalidf("step type %.40q", s.Type)
+	return false, sandbox.Invalidf("step type %.40q", s.Type)
 }
 
 func (r *buildRun) performRun(ctx context.Context, s recipe.Step, name string) error {
@@ -44,9 +41,10 @@ func (r *buildRun) performRun(ctx context.Context, s recipe.Step, name string) e
 }
 
 func (r *buildRun) performCopy(ctx context.Context, s recipe.Step) error {
-	q := url.Values{"user": {userOf(&r.guest)}, "workdir": {r.guest.WorkDir}}
-	for i, name := range []string{"src", "dest", "owner", "mode"} {
-		if i >= len(s.Args) || s.Args[i] == "" {
+	// Whoever made the archive has read the source literally.
+	q := url.Values{"user": {userOf(&r.guest)}, "workdir": {r.guest.WorkDir}, "src": {s.Args[0]}}
+	for i, name := range []string{"", "dest", "owner", "mode"} {
+		if i == 0 || i >= len(s.Args) || s.Args[i] == "" {
 			continue
 		}
 		text, err := recipe.Expand(s.Args[i], r.guest)

@@ -114,16 +114,20 @@ func TestCopy(t *testing.T) {
 			[]string{"d/a=1"}, []string{"src", "d/a", "dest", "x/"}, nil, "x drwxr-xr-x 0:0\nx/a -rw-r--r-- 0:0 1\n",
 		},
 		"file into an existing directory": {
-			[]string{"a=1"}, []string{"src", "a", "dest", "x"},
+			[]string{"a=1"},
+			[]string{"src", "a", "dest", "x"},
 			func(home string) { must(t, os.Mkdir(filepath.Join(home, "x"), 0o700)) },
 			"x drwx------ 0:0\nx/a -rw-r--r-- 0:0 1\n",
 		},
 		"directory": {
-			app, []string{"src", "app", "dest", "x"}, nil,
+			app,
+			[]string{"src", "app", "dest", "x"},
+			nil,
 			"x drwxr-xr-x 0:0\nx/a -rw-r--r-- 0:0 1\nx/h -rw-r--r-- 0:0 1\nx/l Lrwxrwxrwx 0:0 -> sub/b\nx/sub drwxr-x--- 0:0\nx/sub/b -rw-r--r-- 0:0 2\n",
 		},
 		"directories merge": {
-			app, []string{"src", "app/", "dest", "x"},
+			app,
+			[]string{"src", "app/", "dest", "x"},
 			func(home string) {
 				must(t, os.MkdirAll(filepath.Join(home, "x/sub"), 0o711))
 				must(t, os.WriteFile(filepath.Join(home, "x/sub/old"), []byte("o"), 0o600))
@@ -132,22 +136,29 @@ func TestCopy(t *testing.T) {
 			"x drwx--x--x 0:0\nx/a -rw-r--r-- 0:0 1\nx/h -rw-r--r-- 0:0 1\nx/l Lrwxrwxrwx 0:0 -> sub/b\nx/sub drwx--x--x 0:0\nx/sub/b -rw-r--r-- 0:0 2\nx/sub/old -rw------- 0:0 o\n",
 		},
 		"everything": {
-			[]string{"./", "./a=1", "d/b=2"}, []string{"src", ".", "dest", "x"}, nil,
+			[]string{"./", "./a=1", "d/b=2"},
+			[]string{"src", ".", "dest", "x"},
+			nil,
 			"x drwxr-xr-x 0:0\nx/a -rw-r--r-- 0:0 1\nx/d drwxr-xr-x 0:0\nx/d/b -rw-r--r-- 0:0 2\n",
 		},
 		"pattern": {
-			[]string{"d/a.txt=1", "d/b.txt=2"}, []string{"src", "d/*.txt", "dest", "x"}, nil,
+			[]string{"d/a.txt=1", "d/b.txt=2"},
+			[]string{"src", "d/*.txt", "dest", "x"},
+			nil,
 			"x drwxr-xr-x 0:0\nx/a.txt -rw-r--r-- 0:0 1\nx/b.txt -rw-r--r-- 0:0 2\n",
 		},
 		"owner and mode": {
-			[]string{"d/", "d/a=1"}, []string{"src", "d", "dest", "x", "owner", "nobody:extra", "mode", "4711"}, nil,
+			[]string{"d/", "d/a=1"},
+			[]string{"src", "d", "dest", "x", "owner", "nobody:extra", "mode", "4711"},
+			nil,
 			"x drwxr-xr-x 65534:4711\nx/a urwx--x--x 65534:4711 1\n",
 		},
 		"owner by number": {
 			[]string{"a=1"}, []string{"src", "a", "dest", "y", "owner", "42"}, nil, "y -rw-r--r-- 42:42 1\n",
 		},
 		"a file replaces a link": {
-			[]string{"a=1"}, []string{"src", "a", "dest", "y"},
+			[]string{"a=1"},
+			[]string{"src", "a", "dest", "y"},
 			func(home string) { must(t, os.Symlink("/etc/hosts", filepath.Join(home, "y"))) }, "y -rw-r--r-- 0:0 1\n",
 		},
 		"below the working directory": {

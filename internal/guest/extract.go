@@ -227,7 +227,7 @@ func (x *extractor) perm(h *tar.Header) fs.FileMode {
 	if x.mode >= 0 {
 		bits = x.mode
 	}
-	mode := fs.FileMode(bits & 0o777) //nolint:gosec // Nine bits.
+	mode := fs.FileMode(bits & 0o777)
 	for bit, flag := range map[int64]fs.FileMode{0o4000: fs.ModeSetuid, 0o2000: fs.ModeSetgid, 0o1000: fs.ModeSticky} {
 		if bits&bit != 0 {
 			mode |= flag

@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/exec"
 	"os/user"
 	"path/filepath"
 	"slices"
@@ -413,6 +414,20 @@ func TestResolvePath(t *testing.T) {
 		if (err != nil) != (test.want == "error") || (err == nil && got != test.want) {
 			t.Errorf("%.20q in %q: %q, %v; want %q", test.path, test.workdir, got, err, test.want)
 		}
+	}
+}
+
+func TestInitKeepsThePath(t *testing.T) {
+	a := newAgent(t)
+	name := filepath.Join(a.root, pathFile)
+	a.initialize(t, `{"envVars":{"PATH":"`+defaultPath+`"}}`)
+	if _, err := os.Stat(name); err == nil {
+		t.Error("the usual path is written")
+	}
+	a.initialize(t, `{"envVars":{"PATH":"/opt/it's/bin:/bin"}}`)
+	out, err := exec.Command("/bin/sh", "-c", ". "+name+`; echo "$PATH"`).Output()
+	if err != nil || string(out) != "/opt/it's/bin:/bin\n" {
+		t.Errorf("a shell has %q, %v", out, err)
 	}
 }
 

@@ -159,6 +159,9 @@ func (s *Server) configureMachine(r *http.Request, q *initRequest) {
 	if len(q.Resolvers) > 0 {
 		try("write resolvers", s.writeFile("etc/resolv.conf", "nameserver "+strings.Join(q.Resolvers, "\nnameserver ")+"\n"))
 	}
+	if q.EnvVars["PATH"] != "" {
+		try("write the search path", s.writePath(q.EnvVars["PATH"]))
+	}
 	try("write identity", s.writeIdentity(q))
 	if q.CABundle != "" {
 		try("install certificates", s.installCertificates(q.CABundle))
@@ -183,6 +186,19 @@ func (s *Server) writeFile(name, content string) error {
 		}
 	}
 	return err
+}
+
+// pathFile is read by the login shells that the SDKs run commands in, after they have set a search path of their own.
+const pathFile = "etc/profile.d/sandbox-path.sh"
+
+// writePath lets login shells keep the search path that the template says. The usual one is left to them.
+func (s *Server) writePath(path string) error {
+	if path == defaultPath {
+		if _, err := os.Lstat(filepath.Join(s.cfg.Root, pathFile)); errors.Is(err, os.ErrNotExist) {
+			return nil
+		}
+	}
+	return s.writeFile(pathFile, "export PATH='"+strings.ReplaceAll(path, "'", `'\''`)+"'\n")
 }
 
 // writeIdentity leaves who this sandbox is where programs look for it.

@@ -16,7 +16,7 @@ import (
 const firstUserID = 1000
 
 // accountName is what a new account may be called, or a number.
-var accountName = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,31}$`) //nolint:gochecknoglobals // Compiled once, never written.
+var accountName = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,31}$`)
 
 // accountRequest is the body of POST /accounts.
 type accountRequest struct {
@@ -131,10 +131,10 @@ func (u *users) add(a *account, table *accountTable) error {
 // appendLine adds a line to a text file, whose last line may lack its end.
 func appendLine(name, line string, create bool) error {
 	old, err := os.ReadFile(name) //nolint:gosec // One of four fixed names below the root.
-	if err != nil && !(create && errors.Is(err, fs.ErrNotExist)) {
-		if errors.Is(err, fs.ErrNotExist) {
-			return nil
-		}
+	switch missing := errors.Is(err, fs.ErrNotExist); {
+	case missing && !create:
+		return nil
+	case err != nil && !missing:
 		return err
 	}
 	text := string(old)

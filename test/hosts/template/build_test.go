@@ -153,7 +153,7 @@ func (n *node) build(req *agentv1.BuildRequest) (*agentv1.GetBuildResponse, time
 		b, err := n.GetBuild(n.t.Context(), &agentv1.GetBuildRequest{BuildId: resp.GetBuildId(), Offset: from, Wait: durationpb.New(time.Minute)})
 		must(n.t, err)
 		for _, e := range b.GetEntries() {
-			n.t.Logf("%s %s %s", e.GetFields()["step"], e.GetLevel(), e.GetMessage())
+			n.t.Logf("%s %s %s %s", e.GetTime().AsTime().Format("05.000"), e.GetFields()["step"], e.GetLevel(), e.GetMessage())
 		}
 		from = b.GetEntriesTotal()
 		if b.GetState() == agentv1.BuildState_BUILD_STATE_BUILDING {
@@ -210,12 +210,12 @@ func steps() []*agentv1.BuildStep {
 	return []*agentv1.BuildStep{
 		{Type: "USER", Args: []string{"root"}},
 		{Type: "WORKDIR", Args: []string{"/"}},
-		{Type: "RUN", Args: []string{"echo made by $(id -un) in $PWD > /made; ls -la /made; echo warned >&2"}},
+		{Type: "RUN", Args: []string{"echo made by $(id -un) in $PWD > /made; ls -la /made; echo warned >&2; mkdir /opt/tool; printf '#!/bin/sh\\necho a tool' > /opt/tool/tool; chmod +x /opt/tool/tool"}},
 		{Type: "USER", Args: []string{"app"}},
-		{Type: "ENV", Args: []string{"GREETING", "hello"}},
+		{Type: "ENV", Args: []string{"GREETING", "hello", "PATH", "/opt/tool:$PATH"}},
 		{Type: "WORKDIR", Args: []string{"/srv/app"}},
 		{Type: "COPY", Args: []string{"src", ".", "", ""}, FilesHash: "site"},
-		{Type: "RUN", Args: []string{"echo \"$GREETING $(id -un) $PWD $(cat index.html)\" > page; stat -c '%U %a %Y' index.html"}},
+		{Type: "RUN", Args: []string{"echo \"$GREETING $(id -un) $PWD $(cat index.html) $(tool)\" > page; stat -c '%U %a %Y' index.html"}},
 		{Type: "RUN", Args: []string{"rm /made && touch /root-was-here", "root"}},
 	}
 }
@@ -247,7 +247,7 @@ func TestBuild(t *testing.T) {
 			TemplateId: "app", ImageDigest: b.GetImageDigest(), Resources: wire(size()), CheckpointId: "app-2", Guest: b.GetGuest(), AllowInternet: true, Secure: true,
 		})
 		must(t, err)
-		if got, want := n.get(sb.GetSandbox().GetId(), 8000), "hello app /srv/app from the context\n"; got != want {
+		if got, want := n.get(sb.GetSandbox().GetId(), 8000), "hello app /srv/app from the context a tool\n"; got != want {
 			t.Errorf("sandbox %d answers %q", i, got)
 		}
 	}
@@ -290,4 +290,3 @@ func TestCancel(t *testing.T) {
 		t.Errorf("%v, %v", b, err)
 	}
 }
-
