@@ -2,6 +2,7 @@ package delta
 
 import (
 	"archive/tar"
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -18,6 +19,9 @@ import (
 	"github.com/cloister-dev/cloister/internal/sandbox"
 )
 
+// smallFile is how large a file may be to be held in memory until it is known to be new, in bytes.
+const smallFile = 1 << 20
+
 // reading is one archive on its way in.
 type reading struct {
 	*Archive
@@ -27,6 +31,7 @@ type reading struct {
 	// entries and bytes are what is there so far, held against the limits.
 	entries int
 	bytes   int64
+	buf     []byte
 }
 
 // Read reads an archive whose predecessor was before. New contents go to the spool, which must stay open until the
@@ -215,6 +220,9 @@ func (r *reading) contents(n *inode, body io.Reader, old *inode) error {
 		return sandbox.Invalidf("the sandbox's changes have more than %d bytes together", r.limits.Bytes)
 	}
 	r.bytes += n.size
+	if n.size <= smallFile {
+		return r.small(n, body, old)
+	}
 	mark := r.spool.Mark()
 	sum := sha256.New()
 	content, err := r.spool.Add(io.TeeReader(body, sum), n.size)
@@ -222,12 +230,36 @@ func (r *reading) contents(n *inode, body io.Reader, old *inode) error {
 		return invalidTar(err)
 	}
 	sum.Sum(n.sum[:0])
-	n.content = content
-	if old.isFile() && old.kept != nil && old.size == n.size && old.sum == n.sum {
-		n.content, n.kept = nil, old.kept
-		return r.spool.Rewind(mark)
+	if n.content = content; n.keptBy(old) {
+		r.spool.Rewind(mark)
 	}
 	return nil
+}
+
+// small is contents for a file that fits into memory: one that is kept already is not written at all.
+func (r *reading) small(n *inode, body io.Reader, old *inode) (err error) {
+	if r.buf == nil {
+		r.buf = make([]byte, smallFile)
+	}
+	data := r.buf[:n.size]
+	if _, err := io.ReadFull(body, data); err != nil {
+		return invalidTar(err)
+	}
+	n.sum = sha256.Sum256(data)
+	if n.keptBy(old) {
+		return nil
+	}
+	n.content, err = r.spool.Add(bytes.NewReader(data), n.size)
+	return err
+}
+
+// keptBy makes n share the contents of a file that a layer has, and reports whether they are the same.
+func (n *inode) keptBy(old *inode) bool {
+	if !old.isFile() || old.kept == nil || old.size != n.size || old.sum != n.sum {
+		return false
+	}
+	n.content, n.kept = nil, old.kept
+	return true
 }
 
 func headerOf(hdr *tar.Header) (header, error) {

@@ -19,7 +19,9 @@ const (
 type Spool struct {
 	file *os.File
 	end  int64
-	buf  []byte
+	// stale is up to where the file may hold what was forgotten; behind it are zeros.
+	stale int64
+	buf   []byte
 }
 
 // NewSpool opens a spool on the file system of the directory.
@@ -42,10 +44,11 @@ func (s *Spool) Add(r io.Reader, size int64) (Content, error) {
 		return nil, nil //nolint:nilnil // no content is what an empty file has
 	}
 	part := Extent{File: s.file, Off: s.end, Bytes: size}
-	n, err := io.CopyBuffer(&sparseWriter{s.file, s.end}, io.LimitReader(r, size), s.buf)
+	w := &sparseWriter{file: s.file, at: s.end, stale: s.stale}
+	n, err := io.CopyBuffer(w, io.LimitReader(r, size), s.buf)
 	s.end += n
-	if err == nil {
-		err = s.file.Truncate(s.end) // where the last bytes were left out
+	if err == nil && w.written < s.end {
+		err = s.file.Truncate(max(s.end, s.stale)) // the last bytes were left out
 	}
 	switch {
 	case err != nil:
@@ -60,11 +63,20 @@ func (s *Spool) Add(r io.Reader, size int64) (Content, error) {
 type sparseWriter struct {
 	file *os.File
 	at   int64
+	// stale is up to where the part does not have zeros yet, and written up to where it was not left out.
+	stale, written int64
 }
 
 // Write implements io.Writer.
-func (s *sparseWriter) Write(p []byte) (int, error) {
-	n, err := WriteSparse(s.file, p, s.at)
+func (s *sparseWriter) Write(p []byte) (n int, err error) {
+	if s.at < s.stale || !isZero(p[len(p)-1:]) {
+		defer func() { s.written = s.at }()
+	}
+	if s.at < s.stale {
+		n, err = s.file.WriteAt(p, s.at)
+	} else {
+		n, err = WriteSparse(s.file, p, s.at)
+	}
 	s.at += int64(n)
 	return n, err
 }
@@ -108,9 +120,9 @@ func isZero(p []byte) bool { return p[0] == 0 && bytes.Equal(p[1:], p[:len(p)-1]
 func (s *Spool) Mark() int64 { return s.end }
 
 // Rewind forgets what was added after mark was taken.
-func (s *Spool) Rewind(mark int64) error {
+func (s *Spool) Rewind(mark int64) {
+	s.stale = max(s.stale, s.end)
 	s.end = mark
-	return s.file.Truncate(mark) // what is added next may rely on zeros
 }
 
 // Close frees the spool. Contents that it returned cannot be read any more.

@@ -453,6 +453,29 @@ func TestWriteSparse(t *testing.T) {
 	}
 }
 
+func TestSpoolForgets(t *testing.T) {
+	spool := newSpool(t)
+	add := func(want []byte) {
+		t.Helper()
+		c, err := spool.Add(bytes.NewReader(want), int64(len(want)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := read(t, &Node{Content: c}); got != string(want) {
+			t.Errorf("%d bytes are %d others", len(want), len(got))
+		}
+	}
+	add([]byte("first"))
+	mark := spool.Mark()
+	add(bytes.Repeat([]byte("x"), 100_000))
+	spool.Rewind(mark)
+	add(make([]byte, 50_000))
+	add(make([]byte, 200_000))
+	add(append(make([]byte, 300_000), 1))
+	spool.Rewind(mark)
+	add(make([]byte, 3_000_000))
+}
+
 func FuzzApplyLayer(f *testing.F) {
 	f.Add(layerOf(f, file("a", "1"), hard("a", "b"), sym("../..", "c"), file("c/d", "2"), file(".wh.a", "")), []byte{})
 	f.Add(layerOf(f, file("d/x", "1")), layerOf(f, file("d/.wh..wh..opq", ""), hard("d/x", "y")))
