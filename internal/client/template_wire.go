@@ -115,6 +115,11 @@ type SetTags struct {
 	Tags []string `json:"tags"`
 }
 
+// UpdateTemplate is the body of PATCH /v1/templates/{id or name}; the answer is a Template.
+type UpdateTemplate struct {
+	Public *bool `json:"public"`
+}
+
 // PushTemplate is the body of POST /v1/templates/{id or name[:tag]}/push. The answer (202) is a StartedBuild.
 type PushTemplate struct {
 	// Destination is a registry reference, oci:PATH or docker-archive:PATH.

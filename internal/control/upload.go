@@ -237,6 +237,7 @@ func (u *uploads) complete(hash, from string) (Upload, error) {
 func (u *uploads) part(hash string, offset, size int64, body io.Reader, complete bool) (Upload, error) {
 	up, err := u.look(hash)
 	if err != nil || up.Complete {
+		_, _ = io.Copy(io.Discard, io.LimitReader(body, u.maxFile)) // so that the client gets to read the answer
 		return up, err
 	}
 	if !u.grow(hash) {
