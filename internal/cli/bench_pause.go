@@ -95,26 +95,31 @@ func (g *guestConn) answers(ctx context.Context) error {
 	return g.discard(req)
 }
 
+// cycles are the figures of pausing and resuming: until the calls return, and until the agent answers.
+type cycles struct{ pause, call, answer series }
+
 // cycle pauses and resumes one sandbox over and over; before runs ahead of each pause.
-func (b *bench) cycle(ctx context.Context, g *guestConn, rounds int, before func() error) (pause, call, answer series, err error) {
-	pause, call, answer = series{Name: "pause", Unit: "ms"}, series{Name: "resume", Unit: "ms"}, series{Name: "resume+answer", Unit: "ms"}
+func (b *bench) cycle(ctx context.Context, g *guestConn, rounds int, before func() error) (cycles, error) {
+	c := cycles{pause: series{Name: "pause", Unit: "ms"}, call: series{Name: "resume", Unit: "ms"}, answer: series{Name: "resume+answer", Unit: "ms"}}
 	for range rounds {
 		if before != nil {
 			if err := before(); err != nil {
-				return pause, call, answer, err
+				return c, err
 			}
 		}
-		p, err := b.pauseOne(ctx, g.sandbox.ID)
+		paused, err := b.pauseOne(ctx, g.sandbox.ID)
 		if err != nil {
-			return pause, call, answer, err
+			return c, err
 		}
-		c, r, err := b.resumeOne(ctx, g)
+		call, answer, err := b.resumeOne(ctx, g)
 		if err != nil {
-			return pause, call, answer, err
+			return c, err
 		}
-		pause.Samples, call.Samples, answer.Samples = append(pause.Samples, ms(p)), append(call.Samples, ms(c)), append(answer.Samples, ms(r))
+		c.pause.Samples = append(c.pause.Samples, ms(paused))
+		c.call.Samples = append(c.call.Samples, ms(call))
+		c.answer.Samples = append(c.answer.Samples, ms(answer))
 	}
-	return pause, call, answer, nil
+	return c, nil
 }
 
 func (b *bench) pause(ctx context.Context) (benchResult, error) {
@@ -123,9 +128,9 @@ func (b *bench) pause(ctx context.Context) (benchResult, error) {
 		return benchResult{}, err
 	}
 	defer b.kill(ctx, g.sandbox)
-	pause, _, _, err := b.cycle(ctx, g, b.count, nil)
-	pause.Target = pauseTarget
-	return benchResult{Series: []series{pause}}, err
+	c, err := b.cycle(ctx, g, b.count, nil)
+	c.pause.Target = pauseTarget
+	return benchResult{Series: []series{c.pause}}, err
 }
 
 func (b *bench) resume(ctx context.Context) (benchResult, error) {
@@ -134,9 +139,9 @@ func (b *bench) resume(ctx context.Context) (benchResult, error) {
 		return benchResult{}, err
 	}
 	defer b.kill(ctx, g.sandbox)
-	_, call, answer, err := b.cycle(ctx, g, b.count, nil)
-	answer.Target = resumeTarget
-	return benchResult{Series: []series{call, answer}}, err
+	c, err := b.cycle(ctx, g, b.count, nil)
+	c.answer.Target = resumeTarget
+	return benchResult{Series: []series{c.call, c.answer}}, err
 }
 
 func (b *bench) snapshot(ctx context.Context) (benchResult, error) {
@@ -262,11 +267,11 @@ func (b *bench) heap(ctx context.Context) (benchResult, error) {
 	if err := g.command(ctx, "/bin/bash", "-c", start, fmt.Sprintf(heapProgram, heapMiB)); err != nil {
 		return benchResult{}, err
 	}
-	pause, call, answer, err := b.cycle(ctx, g, b.rounds(), func() error {
+	c, err := b.cycle(ctx, g, b.rounds(), func() error {
 		return g.command(ctx, "/bin/bash", "-c", "rm /tmp/bench-dirty && kill -USR1 $(cat /tmp/bench-pid) && "+dirtied)
 	})
-	pause.Target, answer.Target = heapPauseTarget, heapResumeTarget
-	return benchResult{Series: []series{pause, call, answer}}, err
+	c.pause.Target, c.answer.Target = heapPauseTarget, heapResumeTarget
+	return benchResult{Series: []series{c.pause, c.call, c.answer}}, err
 }
 
 func (b *bench) disk(ctx context.Context) (benchResult, error) {
@@ -279,11 +284,11 @@ func (b *bench) disk(ctx context.Context) (benchResult, error) {
 	if err := g.command(ctx, "/bin/bash", "-c", write); err != nil {
 		return benchResult{}, err
 	}
-	pause, call, answer, err := b.cycle(ctx, g, b.rounds(), nil)
+	c, err := b.cycle(ctx, g, b.rounds(), nil)
 	if err != nil {
 		return benchResult{}, err
 	}
-	pause.Target, answer.Target = diskPauseTarget, diskResumeTarget
+	c.pause.Target, c.answer.Target = diskPauseTarget, diskResumeTarget
 	name := fmt.Sprintf("fork of %d", diskForkCount)
 	forks, use := series{Name: name, Unit: "ms", Target: diskForkTarget}, series{Name: name + ", on disk", Unit: "MiB", Target: diskUseTarget}
 	for range b.rounds() {
@@ -299,7 +304,7 @@ func (b *bench) disk(ctx context.Context) (benchResult, error) {
 			use.Samples = append(use.Samples, float64(max(after-before, 0))/(1<<20))
 		}
 	}
-	return benchResult{Series: []series{pause, call, answer, forks, use}}, nil
+	return benchResult{Series: []series{c.pause, c.call, c.answer, forks, use}}, nil
 }
 
 // diskUsed is how much of the file system that sandboxes write to is in use, in bytes; 0 where that is another machine's.
@@ -312,7 +317,7 @@ func (b *bench) diskUsed() int64 {
 		return 0
 	}
 	defer func() { _ = dir.Close() }()
-	fd := int(dir.Fd())                         //nolint:gosec // a descriptor fits
+	fd := int(dir.Fd())
 	_ = unix.Syncfs(fd)                         // without it, less than the use is counted
 	var st unix.Statfs_t                        // its fields are in blocks
 	_ = unix.Fstatfs(fd, &st)                   // zero where it fails

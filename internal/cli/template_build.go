@@ -138,7 +138,7 @@ func (f *buildFlags) read(at string) (*buildSource, error) {
 	if err != nil {
 		return nil, err
 	}
-	text, err := os.ReadFile(name)
+	text, err := os.ReadFile(name) //nolint:gosec // G304: the user named it.
 	if err != nil {
 		return nil, err // names the file
 	}
@@ -154,11 +154,11 @@ func (f *buildFlags) read(at string) (*buildSource, error) {
 	if err != nil {
 		within = ""
 	}
-	context, err := recipe.OpenContext(dir, within)
+	files, err := recipe.OpenContext(dir, within)
 	if err != nil {
 		return nil, &usageError{fmt.Errorf("build context: %w", err)}
 	}
-	return &buildSource{name, file, context}, nil
+	return &buildSource{name, file, files}, nil
 }
 
 // dockerfile finds the file that a directory or file name means.
