@@ -2,7 +2,7 @@
 import { Sandbox, SandboxNotFoundError } from 'e2b'
 import assert from 'node:assert/strict'
 import { test } from 'node:test'
-import { all, call, eventually, port, removeTemplates, sandboxTest, unique, using } from './support.mjs'
+import { all, call, eventually, port, proxy, removeTemplates, sandboxTest, unique, using } from './support.mjs'
 
 const counter = `
 import time
@@ -56,8 +56,8 @@ sandboxTest('each copy is a sandbox of its own', async (s) => {
     const random = await Promise.all(copies.map((c) => c.commands.run('head -c 16 /dev/urandom | sha256sum').then((r) => r.stdout)))
     assert.equal(new Set(random).size, 3, 'each has random numbers of its own')
     assert.equal(new Set(copies.map((c) => c.envdAccessToken)).size, 3, 'each has a token of its own')
-    const stolen = await fetch(copies[0].downloadUrl ? await copies[0].downloadUrl('own') : '', {})
-    assert.equal(stolen.status, 200)
+    const stolen = await fetch(proxy + '/files?path=own', { headers: { 'E2b-Sandbox-Id': copies[0].sandboxId, 'E2b-Sandbox-Port': '49983', 'X-Access-Token': copies[1].envdAccessToken } })
+    assert.equal(stolen.status, 401, 'a token opens one sandbox alone')
   } finally {
     await Promise.all(copies.map((c) => c.kill()))
     await Sandbox.deleteSnapshot(snapshotId)

@@ -36,7 +36,7 @@ test('a private image needs the right password', async () => {
     const error = await Template.build(Template().fromImage(image, wrong), name).then(() => assert.fail('it was built'), (e) => e)
     await removeTemplates(name)
     assert.ok(error instanceof BuildError, String(error))
-    assert.match(error.message, /401|nauthori[sz]ed|denied|credentials/)
+    assert.match(error.message, /unauthorized|denied/i)
     assert.ok(!error.message.includes(credentials.password))
   }
 })
@@ -54,10 +54,10 @@ test('the default base image is this cluster\'s own where the registry cannot be
 
 test('a Dockerfile', async () => {
   const template = Template().fromDockerfile(`FROM ${open}/tiny:latest
-ENV WORD="in a file"
+ENV WORD=inside
 RUN echo "$WORD" > /tmp/word
 WORKDIR /srv
 RUN pwd > /tmp/where
 `)
-  assert.equal(await outputOf(template, 'cat /tmp/word /tmp/where'), 'in a file\n/srv\n')
+  assert.equal(await outputOf(template, 'cat /tmp/word /tmp/where'), 'inside\n/srv\n')
 })
