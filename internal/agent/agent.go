@@ -21,8 +21,6 @@ var _ agentv1connect.AgentServiceHandler = (*Agent)(nil)
 
 // Agent is a node. Make one with New, call Recover once, then Run.
 type Agent struct {
-	agentv1connect.UnimplementedAgentServiceHandler
-
 	cfg      Config
 	journal  *journal.Journal
 	engine   engine.Engine
