@@ -248,7 +248,9 @@ func (a *app) followBuild(ctx context.Context, cn *conn, id string) (client.Buil
 		last = b
 		show.update(stepName(b.Step), b.Progress)
 		for _, e := range b.Entries {
-			show.line(printable(strings.TrimRight(e.Message, " \r\n")))
+			for line := range strings.Lines(e.Message) {
+				show.line(printable(strings.TrimRight(line, " \r\n")))
+			}
 		}
 	}
 	return last, nil
