@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strconv"
 	"strings"
 	"testing"
 	"testing/iotest"
@@ -84,7 +85,7 @@ func TestBuildSendsFiles(t *testing.T) {
 
 func TestBuildSubstitute(t *testing.T) {
 	for _, reachable := range []bool{true, false} {
-		t.Run(fmt.Sprint(reachable), func(t *testing.T) {
+		t.Run(strconv.FormatBool(reachable), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				c := apitest.NewCluster(t, nil)
 				running(t, c)

@@ -97,7 +97,7 @@ func (c *Control) follow(ctx context.Context, t task) {
 			c.abandonBuild(ctx, t.template, t.build, errForgotten)
 			return
 		case time.Now().After(deadline):
-			c.cancelAt(ctx, t.build)
+			_ = c.cancelAt(ctx, t.build) // it has failed in any case
 			c.abandonBuild(ctx, t.template, t.build, fmt.Errorf("it was not done within %v", buildDeadline))
 			return
 		case err != nil:

@@ -3,6 +3,7 @@ package store
 import (
 	"errors"
 	"fmt"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -135,7 +136,7 @@ func TestConcurrentUpdates(t *testing.T) {
 	for range 10 {
 		wg.Go(func() {
 			grow := func(tm *sandbox.Template) error {
-				tm.Builds = append(tm.Builds, sandbox.Build{ID: fmt.Sprint(len(tm.Builds))})
+				tm.Builds = append(tm.Builds, sandbox.Build{ID: strconv.Itoa(len(tm.Builds))})
 				return nil
 			}
 			if _, err := s.UpdateTemplate(t.Context(), "id", grow); err != nil {
