@@ -14,6 +14,7 @@ import (
 
 // TestSDK runs every file of sdk/ against one daemon with node's own test runner.
 func TestSDK(t *testing.T) {
+	t.Parallel()
 	d := harness.Start(t, "--pool-min", "1", "--pool-max", "8") // filling pools for templates that live for seconds would take most of the time
 	here := filepath.Join(harness.Root(), "test", "e2e")
 	install(t, here)

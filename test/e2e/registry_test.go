@@ -7,7 +7,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"log"
+	"log/slog"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -35,9 +35,9 @@ const reader, password = "reader", "open-sesame"
 func registries(t *testing.T) []string {
 	t.Helper()
 	img := tinyImage(t)
-	open := serve(t, registry.New(registry.Logger(log.New(io.Discard, "", 0))))
+	open := serve(t, registry.New(registry.Logger(slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo))))
 	push(t, open+"/tiny:latest", img, authn.Anonymous)
-	closed := serve(t, guarded(registry.New(registry.Logger(log.New(io.Discard, "", 0)))))
+	closed := serve(t, guarded(registry.New(registry.Logger(slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo)))))
 	push(t, closed+"/team/tiny:v1", img, &authn.Basic{Username: reader, Password: password})
 	return []string{"E2E_REGISTRY=" + open, "E2E_PRIVATE_REGISTRY=" + closed, "E2E_PRIVATE_PASSWORD=" + password}
 }
@@ -82,7 +82,7 @@ func tinyImage(t *testing.T) v1.Image {
 	}
 	second := t.TempDir()
 	for file, text := range map[string]string{".wh.gone": "", "from-image": "layer two\n"} {
-		if err := os.WriteFile(filepath.Join(second, file), []byte(text), 0o644); err != nil { //nolint:gosec // everybody may read it
+		if err := os.WriteFile(filepath.Join(second, file), []byte(text), 0o644); err != nil {
 			t.Fatal(err)
 		}
 	}

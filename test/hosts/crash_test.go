@@ -71,11 +71,11 @@ func TestKilledInBetween(t *testing.T) {
 	defer cancel()
 	var wg sync.WaitGroup
 	for i, s := range subjects {
-		wg.Go(func() { s.work(ctx, d, rand.New(rand.NewPCG(seed, uint64(i)))) }) //nolint:gosec // what is done in a test
+		wg.Go(func() { s.work(ctx, d, rand.New(rand.NewPCG(seed, uint64(i)))) })
 	}
 	b := &builds{done: map[string]string{}}
 	wg.Go(func() { b.work(ctx, d) })
-	kills := killAtRandom(ctx, d, rand.New(rand.NewPCG(seed, 1000))) //nolint:gosec // when is a test's matter
+	kills := killAtRandom(ctx, d, rand.New(rand.NewPCG(seed, 1000)))
 	wg.Wait()
 	for _, s := range subjects {
 		t.Logf("%s: %v", s.id, s.done)
