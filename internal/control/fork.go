@@ -3,6 +3,7 @@ package control
 import (
 	"context"
 	"fmt"
+	"log/slog"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -88,7 +89,11 @@ func (c *Control) startForks(ctx context.Context, h held, msg *agentv1.CreateReq
 	g.SetLimit(forksAtOnce)
 	for i := range out {
 		g.Go(func() error {
-			out[i].Sandbox, out[i].Err = c.createAt(ctx, h.box.NodeID, msg)
+			box, err := c.createAt(ctx, h.box.NodeID, msg)
+			if err != nil { // the call as a whole succeeds, so that nobody else logs this
+				c.log.LogAttrs(ctx, slog.LevelWarn, "fork not made", slog.String("sandbox_id", string(h.box.ID)), nodeAttr(h.box.NodeID), errAttr(err))
+			}
+			out[i] = Fork{Sandbox: box, Err: err}
 			return nil
 		})
 	}
