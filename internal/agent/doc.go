@@ -10,6 +10,10 @@
 // (timeouts, retries, the pool's size, what may be forgotten) is decided by Plan in plan.go, a pure function, and carried
 // out by the one loop in run.go.
 //
+// What is kept of a sandbox that does not run is a checkpoint (package snapshot): pause.go and resume.go exchange it for the
+// guest and back, rollback.go one for another. At each moment the record says which of the two counts: in running and
+// pausing the guest, in paused and resuming the checkpoint; the other is removed, after a crash as in the middle of things.
+//
 // A failed step needs no list of what to take back: Stop, Release and Forget do nothing where there is nothing, so that
 // clear, which is all three, is the clean-up after every step, after a crash, and on each retry.
 //

@@ -26,6 +26,15 @@ func TestPlan(t *testing.T) {
 		"runs on":           {SandboxState{State: sandbox.StateRunning, EndAt: after(5)}, "", 5},
 		"is over":           {SandboxState{State: sandbox.StateRunning, EndAt: now}, "expire", 0},
 		"is over and busy":  {SandboxState{State: sandbox.StateRunning, EndAt: now, Busy: true}, "", 0},
+		"is to be paused":   {SandboxState{State: sandbox.StateRunning, EndAt: now, AutoPause: true}, "pause", 0},
+		"is paused later":   {SandboxState{State: sandbox.StateRunning, EndAt: now, AutoPause: true, RetryAt: after(3)}, "", 3},
+		"pauses in time":    {SandboxState{State: sandbox.StateRunning, EndAt: after(4), AutoPause: true}, "", 4},
+		"is paused":         {SandboxState{State: sandbox.StatePaused, EndAt: now}, "", 0},
+		"left something":    {SandboxState{State: sandbox.StatePaused, Left: true}, "retry", 0},
+		"is being paused":   {SandboxState{State: sandbox.StatePausing, Busy: true}, "", 0},
+		"stays pausing":     {SandboxState{State: sandbox.StatePausing}, "retry", 0},
+		"stays resuming":    {SandboxState{State: sandbox.StateResuming, RetryAt: after(2)}, "", 2},
+		"is a build's":      {SandboxState{State: sandbox.StateCreating, Build: true}, "", 0},
 		"is warm":           {SandboxState{State: sandbox.StateCreating, Warm: true, Ready: true}, "", 0},
 		"is half warm":      {SandboxState{State: sandbox.StateCreating, Warm: true}, "retry", 0},
 		"is half made":      {SandboxState{State: sandbox.StateCreating}, "retry", 0},
@@ -51,6 +60,16 @@ func TestPlan(t *testing.T) {
 		if got != c.want || !next.Equal(want) {
 			t.Errorf("one that %s: %q, next %v; want %q, %v", name, got, next, c.want, want)
 		}
+	}
+}
+
+func TestPlanOfImages(t *testing.T) {
+	now := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
+	actions, next := Plan(&State{Garbage: []GarbageState{
+		{Digest: "free"}, {Digest: "used", Used: true}, {Digest: "failed", RetryAt: now.Add(5)},
+	}}, now)
+	if diff := cmp.Diff([]Action{{Kind: ActionFreeImage, Image: "free"}}, actions, cmp.AllowUnexported(poolKey{})); diff != "" || !next.Equal(now.Add(5)) {
+		t.Errorf("next %v, actions (-want +got):\n%s", next, diff)
 	}
 }
 
