@@ -11,8 +11,6 @@ import (
 	"strconv"
 	"testing"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // benchDir puts the store of benchmarks on the file system of interest.
@@ -72,21 +70,12 @@ func benchLayer(b *testing.B, s *Store, i int) string {
 	return l.Digest
 }
 
-func used(b *testing.B, s *Store) int64 {
-	b.Helper()
-	unix.Sync()
-	var st unix.Statfs_t
-	if err := unix.Statfs(s.cfg.Dir, &st); err != nil {
-		b.Fatal(err)
-	}
-	return int64(st.Blocks-st.Bfree) * st.Bsize
-}
-
 // BenchmarkCompose puts a small layer on a base of 342 MiB. disk-MiB is what each image took on disk, where nothing else
-// writes to the same file system.
+// writes to the same file system. Two cores that had other work too: ext4 1.5 s and 372 MiB, XFS with reflinks 0.7 s and
+// 1.2 MiB. That is the time to hash the image, and on ext4 to write it.
 func BenchmarkCompose(b *testing.B) {
 	s, img := benchStore(b)
-	before := used(b, s)
+	before := usedBytes(b, s.cfg.Dir)
 	i := 0
 	for b.Loop() {
 		b.StopTimer()
@@ -97,7 +86,7 @@ func BenchmarkCompose(b *testing.B) {
 			b.Fatal(err)
 		}
 	}
-	b.ReportMetric(float64(used(b, s)-before)/float64(i)/(1<<20), "disk-MiB/op")
+	b.ReportMetric(float64(usedBytes(b, s.cfg.Dir)-before)/float64(i)/(1<<20), "disk-MiB/op")
 }
 
 // BenchmarkComposeAgain finds what was composed before.

@@ -214,13 +214,31 @@ func TestComposeRefuses(t *testing.T) {
 			}
 		})
 	}
-	ctx, cancel := context.WithCancelCause(t.Context())
-	_, err := s.Compose(ctx, under.Digest, []string{layer}, func(Progress) { cancel(errGone) })
-	if !errors.Is(err, errGone) {
-		t.Errorf("cancelled: %v", err)
-	}
 	if all, err := s.List(t.Context()); err != nil || len(all) != 1 {
 		t.Errorf("images: %v, %v", all, err)
+	}
+	assertNoLeftovers(t, s)
+}
+
+// TestCancelledCompose cancels in the middle: the image is whole, or not there.
+func TestCancelledCompose(t *testing.T) {
+	s := newStore(t, nil)
+	under := base(t, s)
+	r := s.NewRecorder()
+	defer closeTest(t, r)
+	ctx, cancel := context.WithCancelCause(t.Context())
+	_, err := s.Compose(ctx, under.Digest, []string{record(t, r, "a", "1")}, func(Progress) { cancel(errGone) })
+	if err != nil && !errors.Is(err, errGone) {
+		t.Errorf("cancelled: %v", err)
+	}
+	all, err := s.List(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, img := range all {
+		if err := s.Verify(t.Context(), img.Digest); err != nil {
+			t.Error(err)
+		}
 	}
 	assertNoLeftovers(t, s)
 }
