@@ -71,6 +71,9 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := beginAnew(cfg.Dir, cfg.Logger); err != nil {
+		return nil, errors.Join(err, lock.Close())
+	}
 	seal, err := openSealer(filepath.Join(cfg.Dir, masterKeyName), isNew(cfg.Dir))
 	if err != nil {
 		return nil, errors.Join(err, lock.Close())
@@ -80,6 +83,10 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 	}
 	e, err := startMember(ctx, cfg)
 	if err != nil {
+		return nil, errors.Join(err, lock.Close())
+	}
+	if err := noteBooted(cfg.Dir); err != nil {
+		e.Close()
 		return nil, errors.Join(err, lock.Close())
 	}
 	if err := reserve(cfg.Dir); err != nil {
