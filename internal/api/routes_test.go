@@ -292,7 +292,7 @@ func TestRoutes(t *testing.T) {
 		{"PUT", "/v1/files/abc?offset=0&complete=true", "other", 200, `{"hash":"abc","bytes":3,"complete":true}`},
 		{"PUT", "/v1/files/abc?complete=perhaps", "x", 400, "complete"},
 		{"PUT", "/v1/files/A", "x", 400, "file hash"},
-		{"GET", "/templates/base/files/abc", "", 201, `{"present":true}`},
+		{"GET", "/templates/base/files/abc", "", 201, `"present":true,"url":"http://example.com/uploads/abc?expires=`},
 		{"DELETE", "/v1/builds/nope", "", 404, ""},
 		{"DELETE", "/v1/builds/BUILD", "", 409, "has ended"},
 		{"DELETE", "/v1/templates/nope", "", 404, ""},

@@ -13,7 +13,8 @@ import (
 	"github.com/cloister-dev/cloister/internal/control"
 )
 
-// uploadLink says whether the files of a step are here, and where they are to be sent to otherwise.
+// uploadLink says whether the files of a step are here, and where they are to be sent to. The link is there in any case: a
+// client may insist on sending them.
 func (s *server) uploadLink(w http.ResponseWriter, r *http.Request) error {
 	if _, err := s.control.GetTemplate(r.Context(), r.PathValue("id")); err != nil {
 		return err
@@ -23,16 +24,12 @@ func (s *server) uploadLink(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	out := struct {
+	expires, signature := s.control.SignUpload(hash, time.Now())
+	q := url.Values{"expires": {strconv.FormatInt(expires, 10)}, "signature": {signature}}
+	return exchange.JSON(w, http.StatusCreated, struct {
 		Present bool   `json:"present"`
-		URL     string `json:"url,omitempty"`
-	}{Present: up.Complete}
-	if !up.Complete {
-		expires, signature := s.control.SignUpload(hash, time.Now())
-		q := url.Values{"expires": {strconv.FormatInt(expires, 10)}, "signature": {signature}}
-		out.URL = s.ownAddress(r) + "/uploads/" + hash + "?" + q.Encode()
-	}
-	return exchange.JSON(w, http.StatusCreated, out)
+		URL     string `json:"url"`
+	}{up.Complete, s.ownAddress(r) + "/uploads/" + hash + "?" + q.Encode()})
 }
 
 // ownAddress is where the client reaches this server: as it just did. A proxy before the server may hide that it was
