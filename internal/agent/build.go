@@ -112,6 +112,7 @@ type buildOrder struct {
 	start    string
 	ready    string
 	size     sandbox.Resources
+	unsized  bool // nobody asked for the size
 	force    bool
 	held     []string // digests that it keeps from being freed
 }
@@ -124,7 +125,7 @@ func fromWireBuild(req *agentv1.BuildRequest) (*buildOrder, error) {
 		template: sandbox.TemplateID(req.GetTemplateId()),
 		image:    image.Request{Sources: req.GetSources(), Username: req.GetRegistryUsername(), Password: req.GetRegistryPassword()},
 		base:     req.GetBaseImageDigest(), guest: fromWireGuest(req.GetBaseGuest()), start: req.GetStartCommand(), ready: req.GetReadyCommand(),
-		size: fromWireResources(req.GetResources()), force: req.GetForce(),
+		size: fromWireResources(req.GetResources()), unsized: req.GetDefaultResources(), force: req.GetForce(),
 	}
 	for _, s := range req.GetSteps() {
 		o.steps = append(o.steps, recipe.Step{Type: s.GetType(), Args: s.GetArgs(), FilesHash: s.GetFilesHash(), Force: s.GetForce()})

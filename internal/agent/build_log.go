@@ -22,7 +22,10 @@ type built struct {
 	image      image.Image
 	guest      sandbox.GuestSettings
 	checkpoint *agentv1.Checkpoint // nil without a start command
-	done       string              // a sentence for people
+	start      string
+	ready      string
+	size       sandbox.Resources
+	done       string // a sentence for people
 }
 
 // stepError says where a build failed. People see its text alone.
@@ -220,6 +223,8 @@ func (b *build) since(from, limit int) (answer *agentv1.GetBuildResponse, news b
 	}
 	if b.state == agentv1.BuildState_BUILD_STATE_READY {
 		answer.Guest = toWireGuest(&b.out.guest)
+		answer.StartCommand, answer.ReadyCommand = b.out.start, b.out.ready
+		answer.Resources = toWireResources(b.out.size)
 	}
 	return answer, from < len(b.entries) || b.state != agentv1.BuildState_BUILD_STATE_BUILDING, b.changed
 }

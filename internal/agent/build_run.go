@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -33,9 +34,11 @@ func (a *Agent) runBuild(ctx context.Context, bd *build, o *buildOrder) (built, 
 	began := time.Now()
 	log := a.log.With(slog.String("build_id", bd.id), slog.String("template_id", string(bd.template)))
 	log.InfoContext(ctx, "build started", slog.Int("steps", len(o.steps)))
-	if !o.plain() {
-		defer a.letGo(context.WithoutCancel(ctx), o)
-	}
+	defer func() {
+		if !o.plain() {
+			a.letGo(context.WithoutCancel(ctx), o)
+		}
+	}()
 	out, err := a.carryBuild(ctx, bd, o)
 	if err == nil {
 		im := &out.image
@@ -65,9 +68,14 @@ func (a *Agent) carryBuild(ctx context.Context, bd *build, o *buildOrder) (built
 	if err != nil {
 		return built{}, failedAt(stepBase, err)
 	}
+	if o.base == "" {
+		if err := o.adopt(base.Config.Labels); err != nil {
+			return built{}, failedAt(stepBase, err)
+		}
+	}
 	r := &buildRun{Agent: a, bd: bd, order: o, base: base, guest: baseSettings(o, &base)}
 	if o.plain() {
-		return built{image: base, guest: r.guest}, nil
+		return r.built(base), nil
 	}
 	if err := a.keep(ctx, o, &base); err != nil {
 		return built{}, failedAt(stepBase, err)
@@ -81,6 +89,32 @@ func (a *Agent) carryBuild(ctx context.Context, bd *build, o *buildOrder) (built
 	}
 	out, err := r.finalize(ctx)
 	return out, failedAt(stepFinalize, err)
+}
+
+// adopt takes over what an image that was pushed from a template says of it, as far as the order says nothing.
+func (o *buildOrder) adopt(labels map[string]string) error {
+	if start := labels[image.LabelStart]; o.start == "" && start != "" {
+		o.start, o.ready = start, cmp.Or(o.ready, labels[image.LabelReady])
+	}
+	if o.unsized {
+		size := o.size
+		for label, at := range map[string]*int64{
+			image.LabelCPU: &size.MilliCPU, image.LabelMemory: &size.MemoryBytes, image.LabelDisk: &size.DiskBytes,
+		} {
+			n, err := strconv.ParseInt(labels[label], 10, 64)
+			if err != nil || n <= 0 {
+				continue
+			}
+			*at = n
+		}
+		o.size = size
+	}
+	return o.check("")
+}
+
+// built is what the build comes to with the image.
+func (r *buildRun) built(im image.Image) built {
+	return built{image: im, guest: r.guest, start: r.order.start, ready: r.order.ready, size: r.order.size}
 }
 
 // baseImage returns the image that the steps begin with.

@@ -29,7 +29,7 @@ func (r *buildRun) finalize(ctx context.Context) (built, error) {
 	if err != nil {
 		return built{}, err
 	}
-	out := built{image: im, guest: r.guest}
+	out := r.built(im)
 	if r.order.start == "" && r.order.ready == "" {
 		return out, nil
 	}

@@ -200,6 +200,51 @@ func TestBuildWithoutBash(t *testing.T) {
 	})
 }
 
+// TestBuildOfPushed builds from an image that a template was pushed to: its commands and size come along, unless the
+// request says something else.
+func TestBuildOfPushed(t *testing.T) {
+	bubble(t, func(m *machine) {
+		t := m.t
+		s := newShop(m)
+		n := m.boot()
+		over := make(chan struct{})
+		defer close(over)
+		s.do = func(c ran) result {
+			if strings.HasPrefix(c.Cfg.GetArgs()[2], "serve") {
+				return result{wait: over}
+			}
+			return result{}
+		}
+		labels := map[string]string{
+			image.LabelStart: "serve", image.LabelReady: "ready", image.LabelCPU: "700", image.LabelMemory: "x", image.LabelDisk: "-1",
+		}
+		m.images.build = func(_ context.Context, r image.Request, _ func(image.Progress)) (image.Image, error) {
+			im := m.images.add(r.Sources[0])
+			im.Config.Labels = labels
+			return im, nil
+		}
+		size := small()
+		req := &agentv1.BuildRequest{TemplateId: "t1", BuildId: "b-1", Sources: []string{"registry/app"}, Resources: toWireResources(size), DefaultResources: true}
+		b := n.await(n.ask(req))
+		size.MilliCPU = 700
+		if b.GetCheckpoint().GetId() != "b-1" || b.GetStartCommand() != "serve" || b.GetReadyCommand() != "ready" ||
+			fromWireResources(b.GetResources()) != size {
+			t.Errorf("as pushed: %v", b)
+		}
+		req.BuildId, req.StartCommand, req.ReadyCommand, req.DefaultResources = "b-2", "serve more", "true", false
+		b = n.await(n.ask(req))
+		if b.GetStartCommand() != "serve more" || b.GetReadyCommand() != "true" || fromWireResources(b.GetResources()) != small() {
+			t.Errorf("as asked for: %v", b)
+		}
+		labels[image.LabelStart] = strings.Repeat("x", maxCommandBytes+1)
+		req.BuildId, req.StartCommand, req.Sources = "b-3", "", []string{"registry/odd"}
+		if b = n.await(n.ask(req)); b.GetFailedStep() != "base" || !strings.Contains(b.GetError(), "command of") {
+			t.Errorf("with a label that is too long: %v", b)
+		}
+		n.verify()
+	})
+}
+
 func TestBuildStartCommand(t *testing.T) {
 	bubble(t, func(m *machine) {
 		t := m.t

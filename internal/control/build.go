@@ -176,13 +176,14 @@ func (c *Control) StartBuild(ctx context.Context, ref, id string, r Recipe) (san
 		next.release()
 		return none(err)
 	}
-	t, b, err := c.markStarted(ctx, t.ID, id, r)
+	t, b, err := c.markStarted(ctx, t.ID, next.message)
 	if err != nil {
 		c.builds.end(id)
 		next.release()
 		return none(err)
 	}
 	next.message.Resources = resourcesToWire(b.Resources)
+	next.message.DefaultResources = b.Resources == c.limits.DefaultResources
 	if err := c.launch(ctx, next); err != nil {
 		next.release()
 		err = fmt.Errorf("build template %q: %w", nameFor(t, string(t.ID)), err)
@@ -204,6 +205,10 @@ func (c *Control) plan(ctx context.Context, t sandbox.Template, id string, r Rec
 			return task{}, sandbox.Unsupportedf("template %q is a snapshot: want one that was built to build from", r.FromTemplate)
 		}
 		next.message.BaseImageDigest, next.message.BaseGuest = base.ImageDigest, guestToWire(base.Guest)
+		if r.StartCommand == "" {
+			next.message.StartCommand = base.StartCommand
+			next.message.ReadyCommand = cmp.Or(r.ReadyCommand, base.ReadyCommand)
+		}
 	}
 	if r.Substitute != "" {
 		if _, b, err := c.resolveBuild(ctx, r.Substitute); err == nil && b.ID != id {
@@ -228,18 +233,18 @@ func (r Recipe) message(t sandbox.TemplateID, id string) *agentv1.BuildRequest {
 }
 
 // markStarted records that a build that was announced is under way.
-func (c *Control) markStarted(ctx context.Context, id sandbox.TemplateID, build string, r Recipe) (sandbox.Template, sandbox.Build, error) {
+func (c *Control) markStarted(ctx context.Context, id sandbox.TemplateID, msg *agentv1.BuildRequest) (sandbox.Template, sandbox.Build, error) {
 	t, err := c.changeTemplate(ctx, id, func(t *sandbox.Template) error {
-		return changeBuild(t, build, func(b *sandbox.Build) error {
+		return changeBuild(t, msg.GetBuildId(), func(b *sandbox.Build) error {
 			if b.State != sandbox.BuildWaiting {
 				return sandbox.Conflictf("build %s is %s: announce another one", b.ID, b.State)
 			}
-			b.State, b.Sources = sandbox.BuildBuilding, r.Sources
-			b.StartCommand, b.ReadyCommand = r.StartCommand, r.ReadyCommand
+			b.State, b.Sources = sandbox.BuildBuilding, msg.GetSources()
+			b.StartCommand, b.ReadyCommand = msg.GetStartCommand(), msg.GetReadyCommand()
 			return nil
 		})
 	})
-	b, _ := t.Build(build)
+	b, _ := t.Build(msg.GetBuildId())
 	return t, b, err
 }
 

@@ -2,6 +2,7 @@ package control_test
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -341,6 +342,17 @@ func TestBuildWithCheckpoint(t *testing.T) {
 	req.Resources.MemoryBytes = 1 << 30
 	if _, err := c.Control.Create(t.Context(), req); !errors.Is(err, sandbox.ErrInvalid) {
 		t.Errorf("another size: %v", err)
+	}
+	// Its command comes along to what is built on top of it, unless there is another.
+	for name, start := range map[string]string{"child": "", "other": "serve more"} {
+		spec := control.BuildSpec{Name: name, Recipe: control.Recipe{FromTemplate: "server", StartCommand: start}}
+		if _, _, err := c.Control.BuildTemplate(t.Context(), spec); err != nil {
+			t.Fatal(err)
+		}
+		asked := c.Node.Asked()
+		if got, want := asked[len(asked)-1].GetStartCommand(), cmp.Or(start, "serve"); got != want {
+			t.Errorf("start command of %s: %q, want %q", name, got, want)
+		}
 	}
 	// A node without the checkpoint is no place for it.
 	c.Agents.Set("aaaaaa", nil)

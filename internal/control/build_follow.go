@@ -1,6 +1,7 @@
 package control
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -85,7 +86,7 @@ func (c *Control) GetBuild(ctx context.Context, q BuildQuery) (Build, error) {
 		}
 		b.Total += len(known.lead)
 		if b.ended() {
-			err = c.finishBuild(ctx, b)
+			err = errors.Join(c.finishBuild(ctx, b), c.completeBuild(ctx, &b))
 		}
 		return b, err
 	}
@@ -180,6 +181,7 @@ func (c *Control) buildAt(ctx context.Context, node sandbox.NodeID, req *agentv1
 		b.State = sandbox.BuildReady
 		b.Result = sandbox.Build{
 			ID: id, ImageDigest: w.GetImageDigest(), ImageBytes: w.GetImageBytes(), Source: w.GetSource(), Guest: guestFromWire(w.GetGuest()),
+			StartCommand: w.GetStartCommand(), ReadyCommand: w.GetReadyCommand(), Resources: resourcesFromWire(w.GetResources()),
 		}
 		if p := w.GetCheckpoint(); p != nil {
 			b.Result.Checkpoint, b.Result.CheckpointBytes, b.checkpoint = checkpointKind(p.GetKind()), p.GetBytes(), p.GetId()
@@ -189,6 +191,18 @@ func (c *Control) buildAt(ctx context.Context, node sandbox.NodeID, req *agentv1
 	case agentv1.BuildState_BUILD_STATE_BUILDING, agentv1.BuildState_BUILD_STATE_UNSPECIFIED:
 	}
 	return b, nil
+}
+
+// completeBuild adds to a node's answer what only the record of the build says. A push has none.
+func (c *Control) completeBuild(ctx context.Context, b *Build) error {
+	t, record, err := c.findBuild(ctx, b.ID)
+	if errors.Is(err, sandbox.ErrNotFound) {
+		return nil
+	}
+	if err == nil {
+		b.TemplateID, b.State, b.Error, b.FailedStep, b.Result = t.ID, record.State, record.Error, record.FailedStep, record
+	}
+	return err
 }
 
 // errDone stops an update that somebody else has made already.
@@ -258,6 +272,9 @@ func recordEnd(t *sandbox.Template, end Build, now time.Time) error {
 		if end.State == sandbox.BuildReady {
 			b.ImageDigest, b.ImageBytes, b.Source, b.Guest = end.Result.ImageDigest, end.Result.ImageBytes, end.Result.Source, end.Result.Guest
 			b.Checkpoint, b.CheckpointBytes = end.Result.Checkpoint, end.Result.CheckpointBytes
+			b.StartCommand = cmp.Or(end.Result.StartCommand, b.StartCommand)
+			b.ReadyCommand = cmp.Or(end.Result.ReadyCommand, b.ReadyCommand)
+			b.Resources = orElse(end.Result.Resources, b.Resources)
 			tags = b.Tags
 		}
 		return nil

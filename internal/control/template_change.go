@@ -10,8 +10,9 @@ import (
 	"github.com/cloister-dev/cloister/internal/sandbox"
 )
 
-// keptBuilds is how many builds a template keeps beside those that a tag means and those under way.
-const keptBuilds = 16
+// keptBuilds is how many builds a template keeps beside those that a tag means and those under way: enough to go back to
+// the one before, and to hear why the last ones failed. What only the others used is freed.
+const keptBuilds = 3
 
 // changeTemplate changes a template as the store's UpdateTemplate does, drops the builds that it need not keep, and frees
 // on the nodes what only the dropped ones used.

@@ -2422,16 +2422,19 @@ type BuildRequest struct {
 	BaseImageDigest string         `protobuf:"bytes,6,opt,name=base_image_digest,json=baseImageDigest,proto3" json:"base_image_digest,omitempty"`
 	BaseGuest       *GuestSettings `protobuf:"bytes,7,opt,name=base_guest,json=baseGuest,proto3" json:"base_guest,omitempty"`
 	Steps           []*BuildStep   `protobuf:"bytes,8,rep,name=steps,proto3" json:"steps,omitempty"`
-	// Runs in the background when everything else is done; the template is then a checkpoint of its processes.
+	// Runs in the background when everything else is done; the template is then a checkpoint of its processes. Where it is
+	// empty, what a pushed template in sources names of itself counts.
 	StartCommand string `protobuf:"bytes,9,opt,name=start_command,json=startCommand,proto3" json:"start_command,omitempty"`
 	// Tried until it succeeds, after the start command; empty means that a moment is waited for.
 	ReadyCommand string `protobuf:"bytes,10,opt,name=ready_command,json=readyCommand,proto3" json:"ready_command,omitempty"`
 	// Of sandboxes from the template, and of those that the steps run in.
 	Resources *Resources `protobuf:"bytes,11,opt,name=resources,proto3" json:"resources,omitempty"`
 	// Use nothing from the step cache.
-	Force         bool `protobuf:"varint,12,opt,name=force,proto3" json:"force,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Force bool `protobuf:"varint,12,opt,name=force,proto3" json:"force,omitempty"`
+	// Nobody asked for the resources: those that the source names of itself count instead.
+	DefaultResources bool `protobuf:"varint,13,opt,name=default_resources,json=defaultResources,proto3" json:"default_resources,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
 }
 
 func (x *BuildRequest) Reset() {
@@ -2544,6 +2547,13 @@ func (x *BuildRequest) GetResources() *Resources {
 func (x *BuildRequest) GetForce() bool {
 	if x != nil {
 		return x.Force
+	}
+	return false
+}
+
+func (x *BuildRequest) GetDefaultResources() bool {
+	if x != nil {
+		return x.DefaultResources
 	}
 	return false
 }
@@ -2751,7 +2761,11 @@ type GetBuildResponse struct {
 	// Of a failed build: the step that failed: a number from 1 on, "base" or "finalize".
 	FailedStep string `protobuf:"bytes,11,opt,name=failed_step,json=failedStep,proto3" json:"failed_step,omitempty"`
 	// The number of lines in the whole log.
-	EntriesTotal  int32 `protobuf:"varint,12,opt,name=entries_total,json=entriesTotal,proto3" json:"entries_total,omitempty"`
+	EntriesTotal int32 `protobuf:"varint,12,opt,name=entries_total,json=entriesTotal,proto3" json:"entries_total,omitempty"`
+	// Of the template that was made: the request's, or where that has none, those that its source names of itself.
+	StartCommand  string     `protobuf:"bytes,13,opt,name=start_command,json=startCommand,proto3" json:"start_command,omitempty"`
+	ReadyCommand  string     `protobuf:"bytes,14,opt,name=ready_command,json=readyCommand,proto3" json:"ready_command,omitempty"`
+	Resources     *Resources `protobuf:"bytes,15,opt,name=resources,proto3" json:"resources,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2868,6 +2882,27 @@ func (x *GetBuildResponse) GetEntriesTotal() int32 {
 		return x.EntriesTotal
 	}
 	return 0
+}
+
+func (x *GetBuildResponse) GetStartCommand() string {
+	if x != nil {
+		return x.StartCommand
+	}
+	return ""
+}
+
+func (x *GetBuildResponse) GetReadyCommand() string {
+	if x != nil {
+		return x.ReadyCommand
+	}
+	return ""
+}
+
+func (x *GetBuildResponse) GetResources() *Resources {
+	if x != nil {
+		return x.Resources
+	}
+	return nil
 }
 
 type RemoveTemplateRequest struct {
@@ -3229,7 +3264,7 @@ const file_agent_v1_agent_proto_rawDesc = "" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"<\n" +
 	"\fLogsResponse\x12,\n" +
-	"\aentries\x18\x01 \x03(\v2\x12.agent.v1.LogEntryR\aentries\"\xe0\x03\n" +
+	"\aentries\x18\x01 \x03(\v2\x12.agent.v1.LogEntryR\aentries\"\x8d\x04\n" +
 	"\fBuildRequest\x12\x1f\n" +
 	"\vtemplate_id\x18\x01 \x01(\tR\n" +
 	"templateId\x12\x18\n" +
@@ -3245,7 +3280,8 @@ const file_agent_v1_agent_proto_rawDesc = "" +
 	"\rready_command\x18\n" +
 	" \x01(\tR\freadyCommand\x121\n" +
 	"\tresources\x18\v \x01(\v2\x13.agent.v1.ResourcesR\tresources\x12\x14\n" +
-	"\x05force\x18\f \x01(\bR\x05force\"h\n" +
+	"\x05force\x18\f \x01(\bR\x05force\x12+\n" +
+	"\x11default_resources\x18\r \x01(\bR\x10defaultResources\"h\n" +
 	"\tBuildStep\x12\x12\n" +
 	"\x04type\x18\x01 \x01(\tR\x04type\x12\x12\n" +
 	"\x04args\x18\x02 \x03(\tR\x04args\x12\x1d\n" +
@@ -3258,7 +3294,7 @@ const file_agent_v1_agent_proto_rawDesc = "" +
 	"\bbuild_id\x18\x01 \x01(\tR\abuildId\x12\x16\n" +
 	"\x06offset\x18\x02 \x01(\x05R\x06offset\x12-\n" +
 	"\x04wait\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\x04wait\x12\x14\n" +
-	"\x05limit\x18\x04 \x01(\x05R\x05limit\"\xb9\x03\n" +
+	"\x05limit\x18\x04 \x01(\x05R\x05limit\"\xb6\x04\n" +
 	"\x10GetBuildResponse\x12*\n" +
 	"\x05state\x18\x01 \x01(\x0e2\x14.agent.v1.BuildStateR\x05state\x12\x12\n" +
 	"\x04step\x18\x02 \x01(\tR\x04step\x12\x1a\n" +
@@ -3276,7 +3312,10 @@ const file_agent_v1_agent_proto_rawDesc = "" +
 	"checkpoint\x12\x1f\n" +
 	"\vfailed_step\x18\v \x01(\tR\n" +
 	"failedStep\x12#\n" +
-	"\rentries_total\x18\f \x01(\x05R\fentriesTotal\"[\n" +
+	"\rentries_total\x18\f \x01(\x05R\fentriesTotal\x12#\n" +
+	"\rstart_command\x18\r \x01(\tR\fstartCommand\x12#\n" +
+	"\rready_command\x18\x0e \x01(\tR\freadyCommand\x121\n" +
+	"\tresources\x18\x0f \x01(\v2\x13.agent.v1.ResourcesR\tresources\"[\n" +
 	"\x15RemoveTemplateRequest\x12\x1f\n" +
 	"\vtemplate_id\x18\x01 \x01(\tR\n" +
 	"templateId\x12!\n" +
@@ -3455,47 +3494,48 @@ var file_agent_v1_agent_proto_depIdxs = []int32{
 	35, // 50: agent.v1.GetBuildResponse.entries:type_name -> agent.v1.LogEntry
 	4,  // 51: agent.v1.GetBuildResponse.guest:type_name -> agent.v1.GuestSettings
 	3,  // 52: agent.v1.GetBuildResponse.checkpoint:type_name -> agent.v1.Checkpoint
-	21, // 53: agent.v1.Load.capacity:type_name -> agent.v1.Resources
-	21, // 54: agent.v1.Load.allocated:type_name -> agent.v1.Resources
-	23, // 55: agent.v1.AgentService.Create:input_type -> agent.v1.CreateRequest
-	25, // 56: agent.v1.AgentService.Get:input_type -> agent.v1.GetRequest
-	27, // 57: agent.v1.AgentService.Kill:input_type -> agent.v1.KillRequest
-	29, // 58: agent.v1.AgentService.SetTimeout:input_type -> agent.v1.SetTimeoutRequest
-	31, // 59: agent.v1.AgentService.Metrics:input_type -> agent.v1.MetricsRequest
-	34, // 60: agent.v1.AgentService.Logs:input_type -> agent.v1.LogsRequest
-	37, // 61: agent.v1.AgentService.Build:input_type -> agent.v1.BuildRequest
-	40, // 62: agent.v1.AgentService.GetBuild:input_type -> agent.v1.GetBuildRequest
-	15, // 63: agent.v1.AgentService.CancelBuild:input_type -> agent.v1.CancelBuildRequest
-	17, // 64: agent.v1.AgentService.PutFile:input_type -> agent.v1.PutFileRequest
-	19, // 65: agent.v1.AgentService.Push:input_type -> agent.v1.PushRequest
-	42, // 66: agent.v1.AgentService.RemoveTemplate:input_type -> agent.v1.RemoveTemplateRequest
-	5,  // 67: agent.v1.AgentService.Pause:input_type -> agent.v1.PauseRequest
-	7,  // 68: agent.v1.AgentService.Resume:input_type -> agent.v1.ResumeRequest
-	9,  // 69: agent.v1.AgentService.Snapshot:input_type -> agent.v1.SnapshotRequest
-	11, // 70: agent.v1.AgentService.Rollback:input_type -> agent.v1.RollbackRequest
-	13, // 71: agent.v1.AgentService.RemoveCheckpoint:input_type -> agent.v1.RemoveCheckpointRequest
-	24, // 72: agent.v1.AgentService.Create:output_type -> agent.v1.CreateResponse
-	26, // 73: agent.v1.AgentService.Get:output_type -> agent.v1.GetResponse
-	28, // 74: agent.v1.AgentService.Kill:output_type -> agent.v1.KillResponse
-	30, // 75: agent.v1.AgentService.SetTimeout:output_type -> agent.v1.SetTimeoutResponse
-	33, // 76: agent.v1.AgentService.Metrics:output_type -> agent.v1.MetricsResponse
-	36, // 77: agent.v1.AgentService.Logs:output_type -> agent.v1.LogsResponse
-	39, // 78: agent.v1.AgentService.Build:output_type -> agent.v1.BuildResponse
-	41, // 79: agent.v1.AgentService.GetBuild:output_type -> agent.v1.GetBuildResponse
-	16, // 80: agent.v1.AgentService.CancelBuild:output_type -> agent.v1.CancelBuildResponse
-	18, // 81: agent.v1.AgentService.PutFile:output_type -> agent.v1.PutFileResponse
-	20, // 82: agent.v1.AgentService.Push:output_type -> agent.v1.PushResponse
-	43, // 83: agent.v1.AgentService.RemoveTemplate:output_type -> agent.v1.RemoveTemplateResponse
-	6,  // 84: agent.v1.AgentService.Pause:output_type -> agent.v1.PauseResponse
-	8,  // 85: agent.v1.AgentService.Resume:output_type -> agent.v1.ResumeResponse
-	10, // 86: agent.v1.AgentService.Snapshot:output_type -> agent.v1.SnapshotResponse
-	12, // 87: agent.v1.AgentService.Rollback:output_type -> agent.v1.RollbackResponse
-	14, // 88: agent.v1.AgentService.RemoveCheckpoint:output_type -> agent.v1.RemoveCheckpointResponse
-	72, // [72:89] is the sub-list for method output_type
-	55, // [55:72] is the sub-list for method input_type
-	55, // [55:55] is the sub-list for extension type_name
-	55, // [55:55] is the sub-list for extension extendee
-	0,  // [0:55] is the sub-list for field type_name
+	21, // 53: agent.v1.GetBuildResponse.resources:type_name -> agent.v1.Resources
+	21, // 54: agent.v1.Load.capacity:type_name -> agent.v1.Resources
+	21, // 55: agent.v1.Load.allocated:type_name -> agent.v1.Resources
+	23, // 56: agent.v1.AgentService.Create:input_type -> agent.v1.CreateRequest
+	25, // 57: agent.v1.AgentService.Get:input_type -> agent.v1.GetRequest
+	27, // 58: agent.v1.AgentService.Kill:input_type -> agent.v1.KillRequest
+	29, // 59: agent.v1.AgentService.SetTimeout:input_type -> agent.v1.SetTimeoutRequest
+	31, // 60: agent.v1.AgentService.Metrics:input_type -> agent.v1.MetricsRequest
+	34, // 61: agent.v1.AgentService.Logs:input_type -> agent.v1.LogsRequest
+	37, // 62: agent.v1.AgentService.Build:input_type -> agent.v1.BuildRequest
+	40, // 63: agent.v1.AgentService.GetBuild:input_type -> agent.v1.GetBuildRequest
+	15, // 64: agent.v1.AgentService.CancelBuild:input_type -> agent.v1.CancelBuildRequest
+	17, // 65: agent.v1.AgentService.PutFile:input_type -> agent.v1.PutFileRequest
+	19, // 66: agent.v1.AgentService.Push:input_type -> agent.v1.PushRequest
+	42, // 67: agent.v1.AgentService.RemoveTemplate:input_type -> agent.v1.RemoveTemplateRequest
+	5,  // 68: agent.v1.AgentService.Pause:input_type -> agent.v1.PauseRequest
+	7,  // 69: agent.v1.AgentService.Resume:input_type -> agent.v1.ResumeRequest
+	9,  // 70: agent.v1.AgentService.Snapshot:input_type -> agent.v1.SnapshotRequest
+	11, // 71: agent.v1.AgentService.Rollback:input_type -> agent.v1.RollbackRequest
+	13, // 72: agent.v1.AgentService.RemoveCheckpoint:input_type -> agent.v1.RemoveCheckpointRequest
+	24, // 73: agent.v1.AgentService.Create:output_type -> agent.v1.CreateResponse
+	26, // 74: agent.v1.AgentService.Get:output_type -> agent.v1.GetResponse
+	28, // 75: agent.v1.AgentService.Kill:output_type -> agent.v1.KillResponse
+	30, // 76: agent.v1.AgentService.SetTimeout:output_type -> agent.v1.SetTimeoutResponse
+	33, // 77: agent.v1.AgentService.Metrics:output_type -> agent.v1.MetricsResponse
+	36, // 78: agent.v1.AgentService.Logs:output_type -> agent.v1.LogsResponse
+	39, // 79: agent.v1.AgentService.Build:output_type -> agent.v1.BuildResponse
+	41, // 80: agent.v1.AgentService.GetBuild:output_type -> agent.v1.GetBuildResponse
+	16, // 81: agent.v1.AgentService.CancelBuild:output_type -> agent.v1.CancelBuildResponse
+	18, // 82: agent.v1.AgentService.PutFile:output_type -> agent.v1.PutFileResponse
+	20, // 83: agent.v1.AgentService.Push:output_type -> agent.v1.PushResponse
+	43, // 84: agent.v1.AgentService.RemoveTemplate:output_type -> agent.v1.RemoveTemplateResponse
+	6,  // 85: agent.v1.AgentService.Pause:output_type -> agent.v1.PauseResponse
+	8,  // 86: agent.v1.AgentService.Resume:output_type -> agent.v1.ResumeResponse
+	10, // 87: agent.v1.AgentService.Snapshot:output_type -> agent.v1.SnapshotResponse
+	12, // 88: agent.v1.AgentService.Rollback:output_type -> agent.v1.RollbackResponse
+	14, // 89: agent.v1.AgentService.RemoveCheckpoint:output_type -> agent.v1.RemoveCheckpointResponse
+	73, // [73:90] is the sub-list for method output_type
+	56, // [56:73] is the sub-list for method input_type
+	56, // [56:56] is the sub-list for extension type_name
+	56, // [56:56] is the sub-list for extension extendee
+	0,  // [0:56] is the sub-list for field type_name
 }
 
 func init() { file_agent_v1_agent_proto_init() }
