@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"io"
 	"os"
 	"path/filepath"
@@ -36,8 +37,16 @@ type manifest struct {
 	Hostname string            `json:"hostname"`
 	// DiskBytes is what the guest had written to its root.
 	DiskBytes int64 `json:"disk_bytes"`
-	// Files has the size of each other file in bytes.
-	Files map[string]int64 `json:"files"`
+	// Files are the others.
+	Files map[string]savedFile `json:"files"`
+}
+
+// savedFile is what a file of a checkpoint must be.
+type savedFile struct {
+	Bytes int64 `json:"bytes"`
+	// CRC32C is the checksum of the content, except of the guest's pages. These are most of a checkpoint, and damage to them
+	// is the guest's alone; all else would reach the sentry's decoder, which panics.
+	CRC32C uint32 `json:"crc32c"`
 }
 
 // kindFiles returns what gVisor writes for a kind.
@@ -48,6 +57,36 @@ func kindFiles(kind engine.SaveKind) []string {
 		return append([]string{checkpointfiles.StateFileName}, pages...)
 	case engine.SaveFiles, engine.SaveLayer:
 		return append([]string{checkpointfiles.FSCheckpointManifestFileName, checkpointfiles.FSCheckpointMultiTarFileName}, pages...)
+	}
+	return nil
+}
+
+// sum returns the checksum of what a file of a checkpoint holds; 0 for the guest's pages.
+func sum(f *os.File, name string) (uint32, error) {
+	if name == checkpointfiles.PagesFileName {
+		return 0, nil
+	}
+	h := crc32.New(crc32.MakeTable(crc32.Castagnoli))
+	_, err := io.Copy(h, io.NewSectionReader(f, 0, maxCheckpointSum))
+	return h.Sum32(), err
+}
+
+// verify reads a checkpoint's files, and compares them with its manifest. Errors: ErrInvalid for what is damaged.
+func (m manifest) verify(dir string) error {
+	for name, want := range m.Files {
+		f, err := os.Open(filepath.Join(dir, name)) //nolint:gosec // kindFiles knows the name
+		if err != nil {
+			return fmt.Errorf("open checkpoint: %w", err)
+		}
+		got, err := sum(f, name)
+		_ = f.Close() // opened for reading
+		switch {
+		case err != nil:
+			return fmt.Errorf("read checkpoint %s: %w", dir, err)
+		case got != want.CRC32C:
+			return sandbox.Invalidf("checkpoint %s: %s is damaged: its CRC-32C is %08x, and was %08x when it was saved",
+				dir, name, got, want.CRC32C)
+		}
 	}
 	return nil
 }
@@ -88,15 +127,15 @@ func readManifest(dir string) (manifest, error) {
 	if err != nil {
 		return manifest{}, fmt.Errorf("checkpoint %s: %w", dir, err)
 	}
-	for name, size := range m.Files {
+	for name, want := range m.Files {
 		st, err := os.Lstat(filepath.Join(dir, name))
 		switch {
 		case errors.Is(err, os.ErrNotExist):
 			return manifest{}, sandbox.Invalidf("checkpoint %s: %s is missing", dir, name)
 		case err != nil:
 			return manifest{}, fmt.Errorf("checkpoint %s: %w", dir, err)
-		case !st.Mode().IsRegular() || st.Size() != size:
-			return manifest{}, sandbox.Invalidf("checkpoint %s: %s has %d bytes, and had %d when it was saved", dir, name, st.Size(), size)
+		case !st.Mode().IsRegular() || st.Size() != want.Bytes:
+			return manifest{}, sandbox.Invalidf("checkpoint %s: %s has %d bytes, and had %d when it was saved", dir, name, st.Size(), want.Bytes)
 		}
 	}
 	return m, nil
@@ -126,8 +165,8 @@ func parseManifest(raw []byte, version string) (manifest, error) {
 		return manifest{}, sandbox.Invalidf("its %s names %d files: want %d", manifestFile, len(m.Files), len(names))
 	}
 	for _, name := range names {
-		if size, ok := m.Files[name]; !ok || size < 0 || size > maxCheckpointSum {
-			return manifest{}, sandbox.Invalidf("its %s says that %s has %d bytes", manifestFile, name, size)
+		if f, ok := m.Files[name]; !ok || f.Bytes < 0 || f.Bytes > maxCheckpointSum {
+			return manifest{}, sandbox.Invalidf("its %s says that %s has %d bytes", manifestFile, name, f.Bytes)
 		}
 	}
 	return m, nil

@@ -228,13 +228,13 @@ func FuzzTransfers(f *testing.F) {
 func FuzzManifest(f *testing.F) {
 	good, err := json.Marshal(manifest{
 		Format: manifestFormat, Engine: engineName, Version: "v1", Arch: "amd64", Kind: "memory",
-		Files: map[string]int64{"checkpoint.img": 1, "pages.img": 2, "pages_meta.img": 3},
+		Files: map[string]savedFile{"checkpoint.img": {Bytes: 1, CRC32C: 1 << 31}, "pages.img": {Bytes: 2}, "pages_meta.img": {Bytes: 3}},
 	})
 	if err != nil {
 		f.Fatal(err)
 	}
 	f.Add(good)
-	f.Add([]byte(`{"engine":"gvisor","format":1,"files":{"../../etc/passwd":1}}`))
+	f.Add([]byte(`{"engine":"gvisor","format":1,"files":{"../../etc/passwd":{"bytes":1}}}`))
 	f.Fuzz(func(t *testing.T, raw []byte) {
 		m, err := parseManifest(raw, "v1")
 		if err != nil {

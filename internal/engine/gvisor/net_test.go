@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"fmt"
 	"net"
+	"os"
 	"runtime"
 	"strconv"
 	"strings"
@@ -19,9 +20,12 @@ import (
 
 const guestPort = 9000
 
-// hostSide and guestSide are the two ends of the wire with number n.
-func hostSide(n int) string  { return fmt.Sprintf("198.51.100.%d/30", 4*n+1) }
-func guestSide(n int) string { return fmt.Sprintf("198.51.100.%d/30", 4*n+2) }
+// hostSide and guestSide are the two ends of the wire with number n, in the range that is for measurements (RFC 2544). Each
+// process has a part of its own, so that two can test at once.
+func hostSide(n int) string  { return wireRange() + fmt.Sprintf("%d/30", 4*n+1) }
+func guestSide(n int) string { return wireRange() + fmt.Sprintf("%d/30", 4*n+2) }
+
+func wireRange() string { return fmt.Sprintf("198.%d.%d.", 18+os.Getpid()>>8&1, os.Getpid()&0xff) }
 
 // wire is a network namespace that a guest's address lives in, joined to the machine by a veth pair.
 type wire struct {

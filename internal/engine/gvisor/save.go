@@ -233,18 +233,13 @@ func (s *saving) askWith(ctx context.Context, files []*os.File) error {
 
 // complete flushes the files, and writes the manifest as the last one.
 func (s *saving) complete() (engine.Saved, error) {
-	var wg sync.WaitGroup
-	errs := make([]error, len(s.files))
-	for i, f := range s.files {
-		wg.Go(func() { errs[i] = f.Sync() })
-	}
-	wg.Wait()
-	if err := errors.Join(errs...); err != nil {
-		return engine.Saved{}, fmt.Errorf("flush: %w", err)
+	sums, err := s.flush()
+	if err != nil {
+		return engine.Saved{}, err
 	}
 	m := manifest{
 		Format: manifestFormat, Engine: engineName, Version: moduleVersion(), Arch: runtime.GOARCH,
-		Kind: s.spec.Kind, Limits: s.g.rec.Limits, Hostname: s.g.rec.Hostname, DiskBytes: s.diskBytes, Files: map[string]int64{},
+		Kind: s.spec.Kind, Limits: s.g.rec.Limits, Hostname: s.g.rec.Hostname, DiskBytes: s.diskBytes, Files: map[string]savedFile{},
 	}
 	saved := engine.Saved{SharedBytes: s.shared}
 	for i, name := range s.names {
@@ -252,7 +247,7 @@ func (s *saving) complete() (engine.Saved, error) {
 		if err := unix.Fstat(int(s.files[i].Fd()), &st); err != nil {
 			return engine.Saved{}, fmt.Errorf("read %s: %w", name, err)
 		}
-		m.Files[name] = st.Size
+		m.Files[name] = savedFile{Bytes: st.Size, CRC32C: sums[i]}
 		saved.Bytes += st.Blocks * blockSize
 		if name == checkpointfiles.PagesFileName {
 			saved.MemoryBytes = max(st.Size-s.diskBytes, 0)
@@ -266,6 +261,27 @@ func (s *saving) complete() (engine.Saved, error) {
 		return engine.Saved{}, err
 	}
 	return saved, syncDir(s.spec.Dir)
+}
+
+// flush brings the files to the disk, and meanwhile returns their checksums.
+func (s *saving) flush() ([]uint32, error) {
+	var wg sync.WaitGroup
+	errs := make([]error, len(s.files))
+	for i, f := range s.files {
+		wg.Go(func() { errs[i] = f.Sync() })
+	}
+	sums := make([]uint32, len(s.files))
+	var sumErr error
+	for i, f := range s.files {
+		var err error
+		sums[i], err = sum(f, s.names[i])
+		sumErr = errors.Join(sumErr, err)
+	}
+	wg.Wait()
+	if err := errors.Join(append(errs, sumErr)...); err != nil {
+		return nil, fmt.Errorf("flush: %w", err)
+	}
+	return sums, nil
 }
 
 func (s *saving) close() {
@@ -295,9 +311,11 @@ func syncDir(dir string) error {
 	return errors.Join(err, d.Close())
 }
 
+func diskFull(err error) bool { return errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) }
+
 // explainSave gives a failed save its kind.
 func explainSave(err error) error {
-	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
+	if diskFull(err) {
 		return fmt.Errorf("%w: the disk is full: %w", sandbox.ErrUnavailable, err)
 	}
 	for _, kind := range []error{sandbox.ErrInvalid, sandbox.ErrUnsupported, sandbox.ErrNotFound, sandbox.ErrUnavailable} {

@@ -43,6 +43,8 @@ type starting struct {
 	from   manifest // of spec.Checkpoint
 	files  *fileProcess
 	share  bool // files come from a server, which clones what it can
+	// restoring says that the sentry has the checkpoint, and has not started from it yet.
+	restoring bool
 }
 
 // Start makes a guest and runs its first process. See engine.Engine.
@@ -112,7 +114,9 @@ func (e *Engine) reserve(id sandbox.ID) error {
 
 // run takes the steps of a start, and takes them back on failure.
 func (s *starting) run(ctx context.Context) (*guest, error) {
-	err := s.create(ctx)
+	verified := make(chan error, 1)
+	go func() { verified <- s.from.verify(s.spec.Checkpoint) }() // while the sentry comes up
+	err := errors.Join(s.create(ctx), <-verified)
 	if err == nil {
 		err = s.begin(ctx)
 	}
@@ -227,6 +231,7 @@ func (s *starting) spawn(ctx context.Context, args *runsc.Args) error {
 
 // begin lets the sentry run the guest's first process, or go on from its checkpoint.
 func (s *starting) begin(ctx context.Context) error {
+	s.restoring = s.from.Kind != ""
 	err := s.killable(ctx, func() error {
 		switch s.from.Kind {
 		case engine.SaveMemory:
@@ -243,6 +248,7 @@ func (s *starting) begin(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("start guest %s: %w", s.spec.ID, err)
 	}
+	s.restoring = false
 	return ctx.Err()
 }
 
@@ -304,7 +310,12 @@ func (s *starting) explain(err error) error {
 	if errors.As(err, &remote) && s.proc != nil && !s.proc.ended() {
 		return sandbox.Invalidf("sandbox %s: run %q: %s", s.spec.ID, s.spec.Args[0], oneLine([]byte(remote.Message)))
 	}
-	if text := panicText(s.bundle); text != "" {
+	text := panicText(s.bundle)
+	// A sentry that was killed, or whose disk is full, says nothing about what it starts from.
+	if s.restoring && !diskFull(err) && s.e.cgroups.oomKills(s.spec.ID) == 0 && (text != "" || !s.proc.ended()) {
+		return sandbox.Invalidf("sandbox %s: checkpoint %s: %s", s.spec.ID, s.spec.Checkpoint, oneLine([]byte(err.Error()+" "+text)))
+	}
+	if text != "" {
 		err = fmt.Errorf("%w: %s", err, text)
 	}
 	return fmt.Errorf("%w: %w", sandbox.ErrUnavailable, err)
