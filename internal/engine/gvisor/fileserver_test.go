@@ -271,8 +271,9 @@ func FuzzLayer(f *testing.F) {
 
 func TestAllStopped(t *testing.T) {
 	const (
-		stopped = "goroutine 1 [chan receive]:\nx/kernel.(*Task).doStop(0x1)\nx/kernel.(*Task).run(0x1, 0x2)\n"
+		stopped = "goroutine 1 [sync.Cond.Wait, 2 minutes]:\nx/kernel.(*Task).doStop(0x1)\nx/kernel.(*Task).run(0x1, 0x2)\n"
 		running = "goroutine 2 [chan receive]:\nx/kernel.(*Task).block(0x1)\nx/kernel.(*Task).run(0x1, 0x2)\n"
+		woken   = "goroutine 2 [runnable]:\nsync.runtime_notifyListWait(0x1)\nx/kernel.(*Task).doStop(0x1)\nx/kernel.(*Task).run(0x1, 0x2)\n"
 		other   = "goroutine 3 [running]:\nmain.main()\n"
 	)
 	for _, tt := range []struct {
@@ -280,6 +281,7 @@ func TestAllStopped(t *testing.T) {
 		want   bool
 	}{
 		{stopped, true}, {running, false}, {other, false}, {other + "\n" + stopped, true}, {stopped + "\n" + running, false}, {"", false},
+		{woken, false}, {stopped + "\n" + woken, false},
 	} {
 		if got := allStopped([]byte(tt.stacks)); got != tt.want {
 			t.Errorf("got %t, want %t: %s", got, tt.want, fmt.Sprintf("%.200q", tt.stacks))

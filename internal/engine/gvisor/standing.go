@@ -97,7 +97,8 @@ func (e *Engine) settle(ctx context.Context, g *guest) (bool, error) {
 	return true, g.note(standsStill)
 }
 
-// allStopped reports whether the tasks among a sentry's goroutines are all stopped.
+// allStopped reports whether the tasks among a sentry's goroutines are all stopped. One that was told to go on is still in
+// doStop for a moment, but does not wait there any more.
 func allStopped(stacks []byte) bool {
 	tasks := 0
 	for goroutine := range bytes.SplitSeq(stacks, []byte("\n\n")) {
@@ -105,7 +106,7 @@ func allStopped(stacks []byte) bool {
 			continue
 		}
 		tasks++
-		if !bytes.Contains(goroutine, []byte("kernel.(*Task).doStop(")) {
+		if !bytes.Contains(goroutine, []byte("[sync.Cond.Wait")) || !bytes.Contains(goroutine, []byte("kernel.(*Task).doStop(")) {
 			return false
 		}
 	}
