@@ -32,6 +32,14 @@ func small() Request {
 	}
 }
 
+func selector(text string) Selector {
+	s, err := ParseSelector(text)
+	if err != nil {
+		panic(err)
+	}
+	return s
+}
+
 func TestPlaceOrder(t *testing.T) {
 	nodes := []Node{machine("a", 4), machine("b", 0), machine("c", 6), machine("d", 2)}
 	tests := []struct {
@@ -81,7 +89,7 @@ func TestPlaceRefusals(t *testing.T) {
 	}{
 		{"state", func(n *Node) { n.State = sandbox.NodeDraining }, nil, "node a is draining", false},
 		{"engine", nil, func(r *Request) { r.Engine = "qemu" }, "node a lacks the engine", false},
-		{"label", nil, func(r *Request) { r.Labels = map[string]string{"gpu": "1"} }, "node a lacks a wanted label", false},
+		{"label", nil, func(r *Request) { r.Selector = selector("gpu=1") }, "node a does not meet the selector's gpu=1", false},
 		{
 			"too large", nil, func(r *Request) { r.Resources.MemoryBytes = 17 * gib },
 			"node a is too small: wants 17408 MiB of memory, 16384 of 16384 free", true,
@@ -172,7 +180,7 @@ func TestPlaceProperties(t *testing.T) {
 		for i := range s.Nodes {
 			n := &s.Nodes[i]
 			byID[n.ID] = n
-			if s.Policy.withDefaults().fits(n, want) {
+			if s.Policy.WithDefaults().fits(n, want) {
 				fitting++
 			}
 		}
@@ -185,7 +193,7 @@ func TestPlaceProperties(t *testing.T) {
 				t.Fatalf("seed %d: %s appears twice", seed, id)
 			}
 			seen[id] = true
-			if !s.Policy.withDefaults().fits(byID[id], want) {
+			if !s.Policy.WithDefaults().fits(byID[id], want) {
 				t.Fatalf("seed %d: %s does not fit", seed, id)
 			}
 		}

@@ -2,6 +2,7 @@ package scheduler
 
 import (
 	"fmt"
+	"math"
 	"strings"
 
 	"github.com/cloister-dev/cloister/internal/sandbox"
@@ -27,6 +28,12 @@ const (
 	NoRoom
 	// Busy means that too many creations are under way.
 	Busy
+	// Cordoned means that the administrator wants no new sandboxes there.
+	Cordoned
+	// Tainted means that the node has a taint that the request does not tolerate.
+	Tainted
+	// Broken means that the node failed too often lately.
+	Broken
 )
 
 // Verdict is what was found about one node. It holds numbers, not text, so that a decision costs no formatting.
@@ -37,36 +44,87 @@ type Verdict struct {
 	Score float64
 	Load  float64
 
-	State    sandbox.NodeState
-	Creating int
-	Warm     int
-	Want     sandbox.Resources
-	Free     sandbox.Resources
-	Limit    sandbox.Resources
+	State     sandbox.NodeState
+	Sandboxes int
+	Creating  int
+	Warm      int
+	Want      sandbox.Resources
+	Free      sandbox.Resources
+	Limit     sandbox.Resources
+	// Missing is the condition of the selector that is not met, where Refusal is NoLabel.
+	Missing string
+	// Taint is what is not tolerated, where Refusal is Tainted.
+	Taint *sandbox.Taint
+	// Failures is how many recent failures count, where they are too many.
+	Failures float64
 }
 
-// String explains the verdict to a person, with its numbers.
-func (v Verdict) String() string {
+// Fits returns how many sandboxes of the wanted size there is room for.
+func (v Verdict) Fits() int64 {
+	n := int64(math.MaxInt64)
+	for _, part := range [][2]int64{
+		{v.Want.MilliCPU, v.Free.MilliCPU},
+		{v.Want.MemoryBytes, v.Free.MemoryBytes},
+		{v.Want.DiskBytes, v.Free.DiskBytes},
+	} {
+		if part[0] > 0 {
+			n = min(n, max(0, part[1])/part[0])
+		}
+	}
+	return n
+}
+
+// Reason explains the verdict as what can be said of the node, with its numbers.
+func (v Verdict) Reason() string {
 	switch v.Refusal {
 	case Accepted:
-		return fmt.Sprintf("node %s scores %.3f: %.0f %% used with it, %d warm, %d being created",
-			v.Node, v.Score, v.Load*100, v.Warm, v.Creating)
+		return v.accepted()
 	case NotReady:
-		return fmt.Sprintf("node %s is %s", v.Node, v.State)
+		return "is " + string(v.State)
 	case NoEngine:
-		return fmt.Sprintf("node %s lacks the engine", v.Node)
+		return "lacks the engine"
 	case NoLabel:
-		return fmt.Sprintf("node %s lacks a wanted label", v.Node)
+		return "does not meet the selector's " + v.Missing
 	case TooLarge:
-		return fmt.Sprintf("node %s is too small: %s", v.Node, shortOf(v.Want, v.Limit, v.Limit))
+		return "is too small: " + shortOf(v.Want, v.Limit, v.Limit)
 	case NoImage:
-		return fmt.Sprintf("node %s does not have the template", v.Node)
+		return "does not have the template"
 	case NoRoom:
-		return fmt.Sprintf("node %s is full: %s", v.Node, shortOf(v.Want, v.Free, v.Limit))
+		return "is full: " + shortOf(v.Want, v.Free, v.Limit)
 	case Busy:
-		return fmt.Sprintf("node %s is busy: %d sandboxes being created", v.Node, v.Creating)
+		return fmt.Sprintf("is busy: %d sandboxes being created", v.Creating)
+	case Cordoned:
+		return "is cordoned"
+	case Tainted:
+		return fmt.Sprintf("has the taint %s, which is not tolerated", v.Taint)
+	case Broken:
+		return fmt.Sprintf("failed too often lately: %.1f failures still count", v.Failures)
 	}
-	return fmt.Sprintf("node %s: refusal %d", v.Node, v.Refusal)
+	return fmt.Sprintf("refusal %d", v.Refusal)
+}
+
+func (v Verdict) accepted() string {
+	text := fmt.Sprintf("scores %.3f: %.0f %% used with it, %d warm, %d being created", v.Score, v.Load*100, v.Warm, v.Creating)
+	if v.Failures > 0 {
+		text += fmt.Sprintf("; failed too often lately (%.1f), asked because there is no other", v.Failures)
+	}
+	return text
+}
+
+// String explains the verdict to a person.
+func (v Verdict) String() string { return fmt.Sprintf("node %s %s", v.Node, v.Reason()) }
+
+// Explain judges every node, where Place stops when its sample is full: the candidates first, best first. It is for a
+// person who asks and costs as much as there are nodes.
+func Explain(s Snapshot, r Request) Decision {
+	s.Policy = s.Policy.WithDefaults()
+	s.Policy.Sample, s.Policy.PrioritySelectNum = max(1, len(s.Nodes)), 1
+	policy := s.Policy
+	c := collector{policy: &policy, keep: len(s.Nodes)}
+	for i := range s.Nodes {
+		c.add(policy.judge(&s.Nodes[i], &r))
+	}
+	return c.decide(&r)
 }
 
 // Explain says in one line why nothing was found, or what was; it names no more nodes than most.
