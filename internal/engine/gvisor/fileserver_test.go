@@ -280,8 +280,14 @@ func TestAllStopped(t *testing.T) {
 		stacks string
 		want   bool
 	}{
-		{stopped, true}, {running, false}, {other, false}, {other + "\n" + stopped, true}, {stopped + "\n" + running, false}, {"", false},
-		{woken, false}, {stopped + "\n" + woken, false},
+		{stopped, true},
+		{running, false},
+		{woken, false},
+		{other, false},
+		{other + "\n" + stopped, true},
+		{stopped + "\n" + running, false},
+		{stopped + "\n" + woken, false},
+		{"", false},
 	} {
 		if got := allStopped([]byte(tt.stacks)); got != tt.want {
 			t.Errorf("got %t, want %t: %s", got, tt.want, fmt.Sprintf("%.200q", tt.stacks))

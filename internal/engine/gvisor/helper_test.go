@@ -27,8 +27,6 @@ func needHost(tb testing.TB) {
 }
 
 // times is for long runs, such as go test ./internal/engine/gvisor -run 'ManySaves|LongLife' -timeout 1h -times 200.
-//
-//nolint:gochecknoglobals // a flag
 var times = flag.Int("times", 1, "how many times as often the tests repeat that look for what is lost little by little")
 
 // place is where the engines of one test keep their guests.

@@ -271,14 +271,12 @@ func (s *saving) flush() ([]uint32, error) {
 		wg.Go(func() { errs[i] = f.Sync() })
 	}
 	sums := make([]uint32, len(s.files))
-	var sumErr error
+	sumErrs := make([]error, len(s.files))
 	for i, f := range s.files {
-		var err error
-		sums[i], err = sum(f, s.names[i])
-		sumErr = errors.Join(sumErr, err)
+		sums[i], sumErrs[i] = sum(f, s.names[i])
 	}
 	wg.Wait()
-	if err := errors.Join(append(errs, sumErr)...); err != nil {
+	if err := errors.Join(errors.Join(errs...), errors.Join(sumErrs...)); err != nil {
 		return nil, fmt.Errorf("flush: %w", err)
 	}
 	return sums, nil

@@ -129,7 +129,7 @@ func TestSaveKilled(t *testing.T) {
 		w.ask(t, "tick /tmp/ticks")
 		for i, kind := range []engine.SaveKind{engine.SaveMemory, engine.SaveFiles, engine.SaveLayer, engine.SaveMemory} {
 			for n := range 3 * *times {
-				after := 10*time.Millisecond + rand.N(100*time.Millisecond) //nolint:gosec // a moment, not a secret
+				after := 10*time.Millisecond + rand.N(100*time.Millisecond)
 				dir := filepath.Join(p.saves, fmt.Sprintf("%d-%d", i, n))
 				if err := os.Mkdir(dir, 0o700); err != nil {
 					t.Fatal(err)

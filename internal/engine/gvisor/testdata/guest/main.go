@@ -146,6 +146,15 @@ func answer(cmd, arg string) string {
 	case "alloc":
 		kept = append(kept, alloc(arg))
 		return "ok"
+	case "fill": // half of the bytes as text would be, half random
+		n, _ := strconv.Atoi(arg)
+		b := make([]byte, n)
+		_, _ = rand.Read(b)
+		for i, line := 0, 0; i < n/2; line++ {
+			i += copy(b[i:n/2], fmt.Sprintf("%08x INFO request %d served: path=/v1/items/%x status=200 took %d us\n", line*7919, line, line*line, line%997))
+		}
+		kept = append(kept, b)
+		return "ok"
 	case "burn":
 		for i := 0; i < 2e8; i++ {
 			_ = i * i
