@@ -36,6 +36,12 @@ type nodes interface {
 	Nodes(ctx context.Context) ([]sandbox.Node, error)
 }
 
+// settings keeps what administrators set for nodes.
+type settings interface {
+	NodeSettings(ctx context.Context) (map[sandbox.NodeID]sandbox.NodeSettings, error)
+	UpdateNodeSettings(ctx context.Context, id sandbox.NodeID, change func(*sandbox.NodeSettings) error) (sandbox.NodeSettings, error)
+}
+
 // secrets returns a secret of the cluster and makes it on first use.
 type secrets interface {
 	Secret(ctx context.Context, name string, size int) ([]byte, error)
@@ -72,7 +78,7 @@ type Limits struct {
 	// MaxUpload and MaxUploads bound one upload and all of them, in bytes: 8 GiB and 32 GiB by default.
 	MaxUpload  int64
 	MaxUploads int64
-	// SuspectAfter and DownAfter are how long a node may be silent: 15 s and 60 s by default.
+	// SuspectAfter and DownAfter are how long a node may be silent: 6 s, which is 3 heartbeats, and 15 s by default.
 	SuspectAfter time.Duration
 	DownAfter    time.Duration
 }
@@ -86,8 +92,8 @@ func (l Limits) withDefaults() Limits {
 	setDefault(&l.MaxBuilds, 20)
 	setDefault(&l.MaxUpload, 8<<30)
 	setDefault(&l.MaxUploads, 32<<30)
-	setDefault(&l.SuspectAfter, 15*time.Second)
-	setDefault(&l.DownAfter, time.Minute)
+	setDefault(&l.SuspectAfter, 6*time.Second)
+	setDefault(&l.DownAfter, 15*time.Second)
 	setDefault(&l.DefaultResources, sandbox.Resources{MilliCPU: 2000, MemoryBytes: 512 << 20, DiskBytes: 4 << 30})
 	return l
 }
@@ -104,6 +110,8 @@ type Config struct {
 	Agents    agents
 	Templates templates
 	Nodes     nodes
+	Settings  settings
+	Policies  policies
 	Secrets   secrets
 	Keys      keys
 	History   history
@@ -122,6 +130,8 @@ type Control struct {
 	agents    agents
 	templates templates
 	nodes     nodes
+	settings  settings
+	policies  policies
 	keys      keys
 	history   history
 	log       *slog.Logger
@@ -156,12 +166,17 @@ func New(ctx context.Context, cfg Config) (*Control, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read the known nodes: %w", err)
 	}
+	wanted, err := cfg.Settings.NodeSettings(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("read the settings of nodes: %w", err)
+	}
 	if cfg.Random == nil {
 		cfg.Random = rand.NewPCG(rand.Uint64(), rand.Uint64()) //nolint:gosec // balances load, guards nothing
 	}
 	limits := cfg.Limits.withDefaults()
 	c := &Control{
-		agents: cfg.Agents, templates: cfg.Templates, nodes: cfg.Nodes, keys: cfg.Keys, history: cfg.History,
+		agents: cfg.Agents, templates: cfg.Templates, nodes: cfg.Nodes,
+		settings: cfg.Settings, policies: cfg.Policies, keys: cfg.Keys, history: cfg.History,
 		log: cfg.Log, limits: limits, about: cfg.About, started: time.Now(), secret: secret,
 		index:   newIndex(limits.EndedFor, limits.EndedMax),
 		fleet:   newFleet(cfg.Policy, cfg.Random, limits),
@@ -173,9 +188,9 @@ func New(ctx context.Context, cfg Config) (*Control, error) {
 		lookups: rate.NewLimiter(200, 200),
 	}
 	for _, n := range known {
-		c.fleet.restore(n)
+		c.fleet.restore(n, wanted[n.ID], c.started)
 	}
-	return c, nil
+	return c, c.loadPolicy(ctx)
 }
 
 // pruneEvery is how often ended sandboxes are forgotten.
@@ -186,6 +201,7 @@ func (c *Control) Run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return c.runBuilds(ctx) })
 	g.Go(func() error { c.runSweeps(ctx); return nil })
+	g.Go(func() error { c.watchNodes(ctx); return nil })
 	g.Go(func() error { return c.runUploads(ctx) })
 	g.Go(func() error {
 		tick := time.NewTicker(pruneEvery)

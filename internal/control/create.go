@@ -56,24 +56,29 @@ func (c *Control) Create(ctx context.Context, req CreateRequest) (sandbox.Sandbo
 	if err != nil {
 		return sandbox.Sandbox{}, err
 	}
-	decision, err := c.choose(build, resourcesFromWire(msg.GetResources()))
+	ask, err := placement(template, build, msg)
 	if err != nil {
 		return sandbox.Sandbox{}, err
 	}
-	return c.dispatch(ctx, decision, msg)
+	decision := c.fleet.place(ask, time.Now())
+	if len(decision.Candidates) == 0 {
+		return sandbox.Sandbox{}, refusal(decision)
+	}
+	box, err := c.dispatch(ctx, decision, msg)
+	if err == nil {
+		c.fleet.settle(ask.Key, box.NodeID)
+	}
+	return box, err
 }
 
-// choose asks the scheduler for nodes that have what the sandbox starts from: the checkpoint or, without one, the image.
-func (c *Control) choose(b sandbox.Build, want sandbox.Resources) (scheduler.Decision, error) {
-	req := scheduler.Request{Resources: want, Image: b.ImageDigest}
+// placement says what the scheduler is to look for: nodes that have what the sandbox starts from, the checkpoint or,
+// without one, the image. Errors: ErrInvalid for metadata that says where to go and cannot be read.
+func placement(t sandbox.Template, b sandbox.Build, msg *agentv1.CreateRequest) (scheduler.Request, error) {
+	req := scheduler.Request{Resources: resourcesFromWire(msg.GetResources()), Image: b.ImageDigest, Key: string(t.ID)}
 	if b.Checkpoint != "" {
 		req.Image = b.ID
 	}
-	d := c.fleet.place(req, time.Now())
-	if len(d.Candidates) == 0 {
-		return d, refusal(d)
-	}
-	return d, nil
+	return req, wishes(&req, msg.GetMetadata())
 }
 
 // admit fills in what is missing and refuses what cannot be.
@@ -154,15 +159,35 @@ func (c *Control) dispatch(ctx context.Context, d scheduler.Decision, msg *agent
 func (c *Control) createAt(ctx context.Context, node sandbox.NodeID, msg *agentv1.CreateRequest) (sandbox.Sandbox, error) {
 	agent, err := c.agent(node)
 	if err != nil {
+		c.fleet.outcome(node, true, time.Now())
 		return sandbox.Sandbox{}, err
 	}
 	done := c.fleet.dispatch(node, resourcesFromWire(msg.GetResources()))
 	resp, err := agent.Create(ctx, msg)
 	done(resp.GetLoad())
+	err = fromNode(node, err)
+	if ctx.Err() == nil || err == nil { // what the caller broke off says nothing about the node
+		c.fleet.outcome(node, broken(err), time.Now())
+	}
 	if err != nil {
-		return sandbox.Sandbox{}, fromNode(node, err)
+		return sandbox.Sandbox{}, err
 	}
 	return c.learn(node, resp.GetSandbox())
+}
+
+// broken reports whether an answer speaks against the node, not against the request.
+func broken(err error) bool {
+	if err == nil {
+		return false
+	}
+	for _, kind := range []error{
+		sandbox.ErrExhausted, sandbox.ErrInvalid, sandbox.ErrConflict, sandbox.ErrNotFound, sandbox.ErrUnsupported, sandbox.ErrDenied,
+	} {
+		if errors.Is(err, kind) {
+			return false
+		}
+	}
+	return true
 }
 
 // learn indexes a node's answer and returns it.

@@ -2,7 +2,6 @@ package control
 
 import (
 	"cmp"
-	"context"
 	"maps"
 	"slices"
 	"sync"
@@ -21,11 +20,24 @@ type Node struct {
 	Creating   int
 	Warm       int
 	LastSeenAt time.Time
+	// Settings is what the administrator set. Labels are the node's own with those over them.
+	Settings sandbox.NodeSettings
+	// StateAt is when the node's state changed last.
+	StateAt time.Time
+	// Failures is what went wrong there lately, as far as it still counts.
+	Failures float64
 }
 
-// member is what the server knows of one node. view holds what the scheduler reads.
+// member is what the server knows of one node.
 type member struct {
-	record   sandbox.Node
+	record sandbox.Node
+	// state is what the node's reports, or their absence, say: ready, suspect or down.
+	state    sandbox.NodeState
+	stateAt  time.Time
+	settings sandbox.NodeSettings
+	// labels are the node's own, the cluster's and the administrator's. It is replaced, never changed.
+	labels   map[string]string
+	failures scheduler.Failures
 	epoch    int64
 	acked    int64
 	lastSeen time.Time
@@ -55,37 +67,42 @@ func loadFromWire(w *agentv1.Load, capacity sandbox.Resources) Load {
 	}
 }
 
-// sweepEvery is how often the silence of nodes is looked at.
-const sweepEvery = time.Second
-
 // fleet is the nodes of the cluster, as the scheduler sees them.
 type fleet struct {
-	policy scheduler.Policy
 	limits Limits
 
-	mu      sync.Mutex
-	random  scheduler.Source
-	members map[sandbox.NodeID]*member
+	mu sync.Mutex
+	// policy is in force: configured, unless stored says that one was set through the API.
+	policy     scheduler.Policy
+	configured scheduler.Policy
+	stored     bool
+	random     scheduler.Source
+	members    map[sandbox.NodeID]*member
 	// views is what Place reads; at says where each node's view stands.
 	views []scheduler.Node
 	at    map[sandbox.NodeID]int
-	swept time.Time
 	epoch int64
+	// next is where round_robin goes on, homes where sticky keys were last.
+	next  int
+	homes *homes
+	// turns are the changes of state that nobody was told of yet.
+	turns []turn
 }
 
 func newFleet(policy scheduler.Policy, random scheduler.Source, limits Limits) *fleet {
 	return &fleet{
-		policy: policy, random: random, limits: limits,
-		members: make(map[sandbox.NodeID]*member), at: make(map[sandbox.NodeID]int),
+		policy: policy, configured: policy, random: random, limits: limits,
+		members: make(map[sandbox.NodeID]*member), at: make(map[sandbox.NodeID]int), homes: newHomes(),
 	}
 }
 
 // restore takes a node from the store; it is down until it registers.
-func (f *fleet) restore(n sandbox.Node) {
+func (f *fleet) restore(n sandbox.Node, settings sandbox.NodeSettings, now time.Time) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	n.State = sandbox.NodeDown
-	f.members[n.ID] = &member{record: n, load: Load{Capacity: n.Capacity}}
+	m := &member{record: n, state: sandbox.NodeDown, stateAt: now, settings: settings, load: Load{Capacity: n.Capacity}}
+	m.label()
+	f.members[n.ID] = m
 	f.refresh(n.ID, nil)
 }
 
@@ -95,16 +112,21 @@ func (f *fleet) register(n sandbox.Node, images []string, now time.Time) (sandbo
 	defer f.mu.Unlock()
 	f.epoch = max(f.epoch+1, now.UnixNano())
 	n.RegisteredAt, n.State = now, sandbox.NodeReady
-	m := &member{record: n, epoch: f.epoch, lastSeen: now, load: Load{Capacity: n.Capacity}}
+	m := &member{
+		record: n, state: sandbox.NodeReady, stateAt: now, epoch: f.epoch, lastSeen: now, load: Load{Capacity: n.Capacity},
+	}
 	if old := f.members[n.ID]; old != nil {
 		if !old.record.RegisteredAt.IsZero() {
 			m.record.RegisteredAt = old.record.RegisteredAt
 		}
 		m.load = old.load
 		m.load.Capacity = n.Capacity
-		m.dispatched, m.inFlight = old.dispatched, old.inFlight
+		m.dispatched, m.inFlight, m.settings = old.dispatched, old.inFlight, old.settings
+		m.state, m.stateAt = old.state, old.stateAt
 	}
+	m.label()
 	f.members[n.ID] = m
+	f.turn(m, sandbox.NodeReady, now)
 	set := make(map[string]struct{}, len(images))
 	for _, d := range images {
 		set[d] = struct{}{}
@@ -126,9 +148,10 @@ func (f *fleet) refresh(id sandbox.NodeID, images map[string]struct{}) {
 		images = f.views[i].Images
 	}
 	f.views[i] = scheduler.Node{
-		ID: id, State: m.record.State, Labels: m.record.Labels, Engines: m.record.Engines, Images: images,
-		Capacity: m.load.Capacity, Allocated: m.load.Allocated.Add(m.dispatched),
-		Creating: max(m.load.Creating, m.inFlight), Warm: m.load.Warm,
+		ID: id, State: m.state, Cordoned: m.settings.Cordoned, Labels: m.labels, Taints: m.settings.Taints,
+		Engines: m.record.Engines, Images: images,
+		Capacity: m.load.Capacity, Allocated: m.load.Allocated.Add(m.dispatched), Sandboxes: m.load.Sandboxes + m.inFlight,
+		Creating: max(m.load.Creating, m.inFlight), Warm: m.load.Warm, Failures: m.failures,
 	}
 }
 
@@ -140,7 +163,7 @@ func (f *fleet) heard(id sandbox.NodeID, epoch int64, load *agentv1.Load, now ti
 	if m == nil || m.epoch != epoch || epoch == 0 {
 		return sandbox.Conflictf("node %s: epoch %d is not its registration here: register again", id, epoch)
 	}
-	m.seen(now)
+	f.seen(m, now)
 	if load != nil {
 		m.load = loadFromWire(load, m.load.Capacity)
 	}
@@ -148,11 +171,11 @@ func (f *fleet) heard(id sandbox.NodeID, epoch int64, load *agentv1.Load, now ti
 	return nil
 }
 
-// seen notes a sign of life.
-func (m *member) seen(now time.Time) {
+// seen notes a sign of life. It requires mu.
+func (f *fleet) seen(m *member, now time.Time) {
 	m.lastSeen = now
-	if m.epoch != 0 && (m.record.State == sandbox.NodeSuspect || m.record.State == sandbox.NodeDown) {
-		m.record.State = sandbox.NodeReady
+	if m.epoch != 0 {
+		f.turn(m, sandbox.NodeReady, now)
 	}
 }
 
@@ -198,7 +221,7 @@ func (f *fleet) send(id sandbox.NodeID, r sandbox.Resources, n int, load *agentv
 	}
 	m.dispatched, m.inFlight = m.dispatched.Add(r), m.inFlight+n
 	if load != nil { // an answer is as good a sign of life as a report
-		m.seen(time.Now())
+		f.seen(m, time.Now())
 		m.load = loadFromWire(load, m.load.Capacity)
 	}
 	f.refresh(id, nil)
@@ -208,35 +231,10 @@ func (f *fleet) send(id sandbox.NodeID, r sandbox.Resources, n int, load *agentv
 func (f *fleet) place(r scheduler.Request, now time.Time) scheduler.Decision {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.sweep(now)
-	r.Random = f.random
-	return scheduler.Place(scheduler.Snapshot{Nodes: f.views, Policy: f.policy}, r)
-}
-
-// sweep marks the nodes that have been silent for too long. It requires mu.
-func (f *fleet) sweep(now time.Time) {
-	if now.Sub(f.swept) < sweepEvery {
-		return
-	}
-	f.swept = now
-	for id, m := range f.members {
-		silent := now.Sub(m.lastSeen)
-		next := m.record.State
-		switch {
-		case next != sandbox.NodeReady && next != sandbox.NodeSuspect:
-			continue // set by somebody, or down already
-		case silent >= f.limits.DownAfter:
-			next = sandbox.NodeDown
-		case silent >= f.limits.SuspectAfter:
-			next = sandbox.NodeSuspect
-		default:
-			next = sandbox.NodeReady
-		}
-		if next != m.record.State {
-			m.record.State = next
-			f.refresh(id, nil)
-		}
-	}
+	f.prepare(&r, now)
+	d := scheduler.Place(scheduler.Snapshot{Nodes: f.views, Policy: f.policy}, r)
+	f.next = d.Next
+	return d
 }
 
 // setImage notes that a node has an image, or no longer has it.
@@ -265,7 +263,7 @@ func (f *fleet) holders(digest string) []sandbox.NodeID {
 	defer f.mu.Unlock()
 	var out []sandbox.NodeID
 	for i := range f.views {
-		if _, ok := f.views[i].Images[digest]; ok && f.views[i].State == sandbox.NodeReady {
+		if _, ok := f.views[i].Images[digest]; ok && f.views[i].State == sandbox.NodeReady { // a cordoned one included
 			out = append(out, f.views[i].ID)
 		}
 	}
@@ -276,41 +274,12 @@ func (f *fleet) holders(digest string) []sandbox.NodeID {
 func (f *fleet) list(now time.Time) []Node {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.sweep(now)
 	out := make([]Node, 0, len(f.members))
 	for _, m := range f.members {
-		n := Node{
-			Node: m.record, Allocated: m.load.Allocated, Sandboxes: m.load.Sandboxes, Creating: m.load.Creating,
-			Warm: m.load.Warm, LastSeenAt: m.lastSeen,
-		}
-		n.Capacity = m.load.Capacity
-		out = append(out, n)
+		out = append(out, f.node(m, now))
 	}
 	slices.SortFunc(out, func(a, b Node) int { return cmp.Or(cmp.Compare(a.Name, b.Name), cmp.Compare(a.ID, b.ID)) })
 	return out
-}
-
-// ListNodes returns all nodes that ever registered, in order of name.
-func (c *Control) ListNodes(context.Context) ([]Node, error) { return c.fleet.list(time.Now()), nil }
-
-// GetNode returns a node by id or, where only one has it, by name.
-func (c *Control) GetNode(_ context.Context, idOrName string) (Node, error) {
-	var named []Node
-	for _, n := range c.fleet.list(time.Now()) {
-		if string(n.ID) == idOrName {
-			return n, nil
-		}
-		if n.Name == idOrName {
-			named = append(named, n)
-		}
-	}
-	switch len(named) {
-	case 0:
-		return Node{}, sandbox.NotFoundf("node %.80q does not exist", idOrName)
-	case 1:
-		return named[0], nil
-	}
-	return Node{}, sandbox.Invalidf("%d nodes are named %q: use the id of one", len(named), idOrName)
 }
 
 // has reports whether a node has ever registered.

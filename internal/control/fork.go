@@ -39,7 +39,8 @@ type Fork struct {
 
 // Fork makes copies of a running sandbox, which goes on: its processes, memory, files, metadata and environment. Each
 // fork succeeds or fails for itself.
-// Errors, of all forks: ErrInvalid, ErrNotFound, ErrConflict for a sandbox that is paused, ErrUnavailable.
+// Errors, of all forks: ErrInvalid, ErrNotFound, ErrConflict for a sandbox that is paused or on a cordoned node,
+// ErrUnavailable.
 func (c *Control) Fork(ctx context.Context, id sandbox.ID, req ForkRequest) ([]Fork, error) {
 	if req.Count < 1 || req.Count > MaxForks {
 		return nil, sandbox.Invalidf("count %d: want 1 to %d", req.Count, MaxForks)
@@ -55,6 +56,9 @@ func (c *Control) Fork(ctx context.Context, id sandbox.ID, req ForkRequest) ([]F
 	}
 	if h.box.State == sandbox.StatePaused {
 		return nil, sandbox.Conflictf("sandbox %s is paused and cannot be forked: resume it first", id)
+	}
+	if err := c.fleet.open(h.box.NodeID); err != nil {
+		return nil, fmt.Errorf("fork sandbox %s: %w", id, err)
 	}
 	ctx, cancel := context.WithTimeout(ctx, c.limits.CreateDeadline)
 	defer cancel()

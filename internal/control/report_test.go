@@ -17,10 +17,11 @@ import (
 func TestSilentNodes(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := apitest.NewCluster(t, nil)
+		running(t, c)
 		states := []struct {
 			after time.Duration
 			want  sandbox.NodeState
-		}{{5 * time.Second, sandbox.NodeReady}, {11 * time.Second, sandbox.NodeSuspect}, {time.Minute, sandbox.NodeDown}}
+		}{{5 * time.Second, sandbox.NodeReady}, {3 * time.Second, sandbox.NodeSuspect}, {9 * time.Second, sandbox.NodeDown}}
 		for _, s := range states {
 			asleep(s.after)
 			n, err := c.Control.GetNode(t.Context(), "node-aaaaaa")

@@ -42,7 +42,7 @@ func (d *daemon) buildServer(ctx context.Context) error {
 	d.closers = append(d.closers, hist.Close)
 	fleet := &localFleet{}
 	ctl, err := control.New(ctx, control.Config{
-		Agents: fleet, Templates: st, Nodes: st, Secrets: st, Keys: keyring{st}, History: events{hist}, Log: d.log,
+		Agents: fleet, Templates: st, Nodes: st, Settings: st, Policies: st, Secrets: st, Keys: keyring{st}, History: events{hist}, Log: d.log,
 		Limits: control.Limits{
 			MaxTimeout:       d.cfg.MaxTimeout,
 			DefaultResources: d.defaultResources(),

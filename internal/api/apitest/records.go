@@ -3,6 +3,7 @@ package apitest
 import (
 	"cmp"
 	"context"
+	"encoding/json"
 	"fmt"
 	"maps"
 	"slices"
@@ -20,6 +21,8 @@ type Records struct {
 	mu        sync.Mutex
 	templates map[sandbox.TemplateID]sandbox.Template
 	nodes     map[sandbox.NodeID]sandbox.Node
+	settings  map[sandbox.NodeID]sandbox.NodeSettings
+	policy    json.RawMessage
 	keys      map[string]control.Key
 	secrets   map[string]string // key id by secret
 	events    []control.Event
@@ -31,7 +34,8 @@ type Records struct {
 func NewRecords() *Records {
 	return &Records{
 		templates: make(map[sandbox.TemplateID]sandbox.Template), nodes: make(map[sandbox.NodeID]sandbox.Node),
-		keys: make(map[string]control.Key), secrets: make(map[string]string),
+		settings: make(map[sandbox.NodeID]sandbox.NodeSettings),
+		keys:     make(map[string]control.Key), secrets: make(map[string]string),
 	}
 }
 
@@ -134,6 +138,45 @@ func (r *Records) Nodes(context.Context) ([]sandbox.Node, error) {
 		out = append(out, n)
 	}
 	return out, nil
+}
+
+// NodeSettings implements control's interface.
+func (r *Records) NodeSettings(context.Context) (map[sandbox.NodeID]sandbox.NodeSettings, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return maps.Clone(r.settings), nil
+}
+
+// UpdateNodeSettings implements control's interface.
+func (r *Records) UpdateNodeSettings(
+	_ context.Context, id sandbox.NodeID, change func(*sandbox.NodeSettings) error,
+) (sandbox.NodeSettings, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	next := r.settings[id].Clone()
+	if err := change(&next); err != nil {
+		return sandbox.NodeSettings{}, err
+	}
+	r.settings[id] = next
+	return next, nil
+}
+
+// SchedulerPolicy implements control's interface.
+func (r *Records) SchedulerPolicy(context.Context) (json.RawMessage, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.policy == nil {
+		return nil, sandbox.NotFoundf("no policy is stored")
+	}
+	return r.policy, nil
+}
+
+// PutSchedulerPolicy implements control's interface.
+func (r *Records) PutSchedulerPolicy(_ context.Context, policy json.RawMessage) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.policy = policy
+	return nil
 }
 
 // Secret implements control's interface.

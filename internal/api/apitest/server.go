@@ -65,7 +65,7 @@ func NewCluster(tb testing.TB, change func(*control.Config)) *Cluster {
 func (c *Cluster) Restart(tb testing.TB, change func(*control.Config)) {
 	tb.Helper()
 	cfg := control.Config{
-		Agents: c.Agents, Templates: c.Records, Nodes: c.Records, Secrets: c.Records, Keys: c.Records, History: c.Records,
+		Agents: c.Agents, Templates: c.Records, Nodes: c.Records, Settings: c.Records, Policies: c.Records, Secrets: c.Records, Keys: c.Records, History: c.Records,
 		Log: slog.New(slog.DiscardHandler), Random: rand.NewPCG(1, 2), UploadDir: c.uploads,
 		About: control.About{Version: "test", APIURL: "http://api.test", ProxyURL: "http://proxy.test"},
 	}
