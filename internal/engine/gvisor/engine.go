@@ -11,6 +11,7 @@ import (
 	"runtime/debug"
 	"strings"
 	"sync"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/runsc/config"
@@ -119,8 +120,14 @@ func useSentry(path string) (*os.File, error) {
 	}
 	f := os.NewFile(uintptr(fd), path)
 	specutils.ExePath = fmt.Sprintf("/proc/self/fd/%d", f.Fd())
+	sentryFile.Store(f)
 	return f, nil
 }
+
+// sentryFile keeps the program open that gVisor's global path names, when the Engine that has set it is gone.
+//
+//nolint:gochecknoglobals // as the path
+var sentryFile atomic.Pointer[os.File]
 
 // check fills in defaults and refuses what cannot work.
 func (c *Config) check() error {

@@ -55,6 +55,16 @@ func (p *process) kill() error {
 	})
 }
 
+// end kills the process, which is a child of this one, and gives it up. One that died by itself is in no list any more, and
+// would stay as a zombie.
+func (p *process) end(ctx context.Context) {
+	_ = p.kill() // Stop clears away what remains
+	if p.wait(ctx) == nil {
+		p.reap()
+	}
+	p.close()
+}
+
 // control runs f with the pidfd. The error is os.ErrClosed once it was given up.
 func (p *process) control(f func(fd int) error) error {
 	raw, err := p.fd.SyscallConn()

@@ -132,7 +132,7 @@ func (s *starting) run(ctx context.Context) (*guest, error) {
 	undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
 	defer cancel()
 	if s.proc != nil {
-		s.proc.close()
+		s.proc.end(undo)
 	}
 	if clearErr := s.e.clear(undo, s.spec.ID); clearErr != nil {
 		err = errors.Join(err, fmt.Errorf("undo start of %s: %w", s.spec.ID, clearErr))
