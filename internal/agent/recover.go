@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -69,7 +70,34 @@ func (a *Agent) Recover(ctx context.Context) error {
 	if err := a.network.Sweep(ctx); err != nil {
 		return fmt.Errorf("recover networks: %w", err)
 	}
-	return a.sweepCheckpoints(ctx)
+	if err := a.sweepCheckpoints(ctx); err != nil {
+		return err
+	}
+	return a.sweepImages(ctx)
+}
+
+// sweepImages deletes those that a build had composed when the process before ended, and that nothing names.
+func (a *Agent) sweepImages(ctx context.Context) error {
+	have, err := a.images.List(ctx)
+	if err != nil {
+		return fmt.Errorf("recover images: %w", err)
+	}
+	known, err := a.journal.Images(ctx)
+	if err != nil {
+		return fmt.Errorf("recover images: %w", err)
+	}
+	for i := range have {
+		digest := have[i].Digest
+		named := slices.ContainsFunc(known, func(k journal.Image) bool { return k.Digest == digest })
+		if have[i].Base == "" || named || a.imageUsed(digest) {
+			continue
+		}
+		a.log.InfoContext(ctx, "image that nothing names deleted", slog.String("image", digest))
+		if err := a.images.Remove(ctx, digest); err != nil && !isNotFound(err) {
+			return fmt.Errorf("recover images: %w", err)
+		}
+	}
+	return nil
 }
 
 // sweepCheckpoints deletes those that sandboxes were to be paused in and are not. All others belong to the server.

@@ -303,3 +303,19 @@ func TestStorm(t *testing.T) {
 		}
 	})
 }
+
+// TestComposedImageOfNobody is left by a build whose process ended between the image and its record.
+func TestComposedImageOfNobody(t *testing.T) {
+	bubble(t, func(m *machine) {
+		kept, left := m.images.add("one"), m.images.add("composed")
+		left.Base = kept.Digest
+		m.images.have[left.Digest] = left
+		m.boot()
+		if _, err := m.images.Path(left.Digest); !isNotFound(err) {
+			m.t.Errorf("the image that nothing names: %v; want it gone", err)
+		}
+		if _, err := m.images.Path(kept.Digest); err != nil {
+			m.t.Error(err)
+		}
+	})
+}
