@@ -290,5 +290,5 @@ func (p *pushing) fraction() float64 {
 func (p *pushing) finish() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.tell(Progress{Step: "push", Fraction: 1, Message: "pushed to " + p.to.String()})
+	p.tell(Progress{Step: "push", Fraction: 1})
 }
