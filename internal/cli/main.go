@@ -109,7 +109,7 @@ func (a *app) root() *cobra.Command {
 		return nil
 	}
 	root.AddCommand(a.upCommand(), a.downCommand(), a.statusCommand(), a.doctorCommand(), a.sandboxCommand(),
-		a.templateCommand(), a.snapshotCommand(), a.keyCommand(), a.eventCommand(), a.nodeCommand(), a.certCommand(), a.benchCommand(), a.versionCommand())
+		a.templateCommand(), a.snapshotCommand(), a.keyCommand(), a.eventCommand(), a.nodeCommand(), a.scheduleCommand(), a.certCommand(), a.benchCommand(), a.versionCommand())
 	root.InitDefaultHelpCmd()
 	root.InitDefaultCompletionCmd("completion") // the argument only says that there is one
 	for _, c := range root.Commands() {

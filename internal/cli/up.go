@@ -55,14 +55,12 @@ func (a *app) upCommand() *cobra.Command {
 			syscall.CloseOnExec(eventsFD)
 			show = func() func(daemon.Event) { return sendEvents(pipe) }
 		}
-		return a.up(c.Context(), cfg, show())
+		return daemon.Run(c.Context(), cfg, daemon.Options{
+			Version: version, LogTo: a.err, Notify: show(),
+			Reload: func() (*config.Config, error) { return config.Load(c.Flags(), a.environ) },
+		})
 	}
 	return c
-}
-
-// up runs the daemon on this process until ctx ends.
-func (a *app) up(ctx context.Context, cfg *config.Config, notify func(daemon.Event)) error {
-	return daemon.Run(ctx, cfg, daemon.Options{Version: version, LogTo: a.err, Notify: notify})
 }
 
 // sendEvents writes events for the process that waits for the daemon; that one may go away at any time.

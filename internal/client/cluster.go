@@ -12,14 +12,6 @@ func (c *Client) Status(ctx context.Context) (Status, error) {
 	return get[Status](ctx, c, "/v1/status")
 }
 
-// Nodes returns all nodes, in order of name.
-func (c *Client) Nodes(ctx context.Context) ([]Node, error) { return get[[]Node](ctx, c, "/v1/nodes") }
-
-// Node returns a node by id or name.
-func (c *Client) Node(ctx context.Context, idOrName string) (Node, error) {
-	return get[Node](ctx, c, "/v1/nodes/"+url.PathEscape(idOrName))
-}
-
 // Keys returns all API keys, the oldest first.
 func (c *Client) Keys(ctx context.Context) ([]Key, error) { return get[[]Key](ctx, c, "/v1/keys") }
 

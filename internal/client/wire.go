@@ -51,6 +51,18 @@ type Node struct {
 	Warm         int               `json:"warm"`
 	RegisteredAt time.Time         `json:"registered_at"`
 	LastSeenAt   time.Time         `json:"last_seen_at"`
+	// Creating counts the sandboxes that are being created.
+	Creating int `json:"creating"`
+	// StateAt is when the state changed last.
+	StateAt time.Time `json:"state_at"`
+	// OwnLabels are those that an administrator set; Labels are all.
+	OwnLabels map[string]string `json:"own_labels,omitempty"`
+	Taints    []Taint           `json:"taints,omitempty"`
+	// Cordoned means that the node gets no new sandboxes, whatever its state; CordonReason says why.
+	Cordoned     bool   `json:"cordoned"`
+	CordonReason string `json:"cordon_reason,omitempty"`
+	// Failures is how many recent failures count against the node.
+	Failures float64 `json:"failures,omitempty"`
 }
 
 // Sandbox is one entry of GET /v1/sandboxes, and GET /v1/sandboxes/{id}.

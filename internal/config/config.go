@@ -53,6 +53,19 @@ type Config struct {
 	OvercommitMemory float64 `name:"overcommit-memory" help:"memory admitted per byte that sandboxes may have; 1 admits only what can be used all at once"`
 	OvercommitDisk   float64 `name:"overcommit-disk" help:"disk admitted per free byte; 1 admits only what can be written all at once"`
 
+	SchedulerStrategy        string        `name:"scheduler-strategy" group:"Scheduling" help:"spread (least loaded node), binpack (fullest that has room), round_robin or sticky (the node that the sandbox's key had last); SIGHUP reads this section again"`
+	SchedulerSample          int           `name:"scheduler-sample" help:"how many nodes that can take a sandbox are compared"`
+	SchedulerPrioritySelect  int           `name:"scheduler-priority-select-num" help:"among how many of the best of them the first is drawn; 1 takes the best"`
+	SchedulerLeastSelect     string        `name:"scheduler-least-select-name" help:"how it is drawn: random, or weighted by the score"`
+	SchedulerMaxCreating     int           `name:"scheduler-max-creating" help:"creations under way at one node; beyond it other nodes are asked"`
+	SchedulerMaxFailures     float64       `name:"scheduler-max-failures" help:"recent failures from which on a node is asked only where there is no other"`
+	SchedulerFailureHalfLife time.Duration `name:"scheduler-failure-half-life" help:"time after which a failure counts half"`
+	SchedulerWeights         []string      `name:"scheduler-weights" help:"what counts how much, as NAME=NUMBER of load, warm, creating, sandboxes, used_cpu, used_memory, image and affinity; a name that is left out has its default"`
+	SchedulerOvercommit      []string      `name:"scheduler-overcommit" help:"factors of what nodes say that they have, as cpu=NUMBER, memory=NUMBER, disk=NUMBER; below 1 leaves a part free; a node's own admission has the last word"`
+	SchedulerReserved        []string      `name:"scheduler-reserved" help:"what is left free on each node for sandboxes that resume there, as cpu=NUMBER, memory=SIZE, disk=SIZE"`
+	NodeHeartbeat            time.Duration `name:"node-heartbeat" help:"longest time between two reports of a node; after 3 missed ones it is suspect and gets no new sandboxes"`
+	NodeDownAfter            time.Duration `name:"node-down-after" help:"silence after which a node is down"`
+
 	NetworkRange string   `name:"network-range" group:"Network" help:"private IPv4 range (/12 to /24) of sandbox addresses; two per sandbox"`
 	NetworkDeny  []string `name:"network-deny" help:"IPv4 ranges that no sandbox may reach, beside loopback, link-local and the clouds' metadata services; empty opens the networks around the machine; the resolvers stay reachable"`
 	Resolvers    []string `name:"resolvers" help:"IPv4 addresses of the name servers that sandboxes use; default: the machine's"`
@@ -83,6 +96,9 @@ func Default() *Config {
 		SandboxCPU: 2, SandboxMemory: 512 << 20, SandboxDisk: 10 << 30, MaxTimeout: 24 * time.Hour,
 		PoolMin: 4, PoolMax: 32, MaxSandboxes: 2000, ReservedMemory: 1 << 30, ReservedDisk: 2 << 30,
 		OvercommitCPU: 200, OvercommitMemory: 4, OvercommitDisk: 40,
+		SchedulerStrategy: "spread", SchedulerSample: 8, SchedulerPrioritySelect: 1, SchedulerLeastSelect: "random",
+		SchedulerMaxCreating: 1000, SchedulerMaxFailures: 5, SchedulerFailureHalfLife: 30 * time.Second,
+		NodeHeartbeat: 2 * time.Second, NodeDownAfter: 15 * time.Second,
 		NetworkRange: "10.231.0.0/16", NetworkDeny: []string{"10.0.0.0/8", "100.64.0.0/10", "172.16.0.0/12", "192.168.0.0/16"},
 		LogLevel: "info", LogFormat: "auto", ShutdownGrace: 10 * time.Second,
 		EventsKept: 30 * 24 * time.Hour, EventsKeptCount: 1_000_000,

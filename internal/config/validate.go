@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 )
 
 // validate returns everything that is wrong, each with the setting, its value and the remedy.
@@ -120,6 +121,12 @@ func lastAddr(p netip.Prefix) netip.Addr {
 	return netip.AddrFrom4(b)
 }
 
+// missedBeats is after how many missing reports a node is suspect.
+const missedBeats = 3
+
+// SuspectAfter returns after how much silence a node is suspect.
+func (c *Config) SuspectAfter() time.Duration { return missedBeats * c.NodeHeartbeat }
+
 func (c *Config) validateOperation() error {
 	var errs []error
 	if !slices.Contains([]string{"debug", "info", "warn", "error"}, c.LogLevel) {
@@ -130,6 +137,12 @@ func (c *Config) validateOperation() error {
 	}
 	if c.ShutdownGrace < 0 {
 		errs = append(errs, fmt.Errorf("shutdown-grace %s: want 0 or more", c.ShutdownGrace))
+	}
+	if c.NodeHeartbeat < 100*time.Millisecond || c.NodeHeartbeat > time.Minute {
+		errs = append(errs, fmt.Errorf("node-heartbeat %s: want 100ms to 1m", c.NodeHeartbeat))
+	}
+	if c.NodeDownAfter <= missedBeats*c.NodeHeartbeat {
+		errs = append(errs, fmt.Errorf("node-down-after %s: want more than %d times node-heartbeat, which is %s", c.NodeDownAfter, missedBeats, c.NodeHeartbeat))
 	}
 	if c.EventsKept <= 0 || c.EventsKeptCount <= 0 {
 		errs = append(errs, fmt.Errorf("events-kept %s and events-kept-count %d: want more than 0", c.EventsKept, c.EventsKeptCount))

@@ -40,9 +40,12 @@ func eventTypes(t *testing.T, c *apitest.Cluster) []string {
 	return out
 }
 
+// impatient has silent nodes noticed as by default.
+func impatient(cfg *control.Config) { cfg.Limits = control.Limits{} }
+
 func TestNodeStatesAreTold(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := apitest.NewCluster(t, nil)
+		c := apitest.NewCluster(t, impatient)
 		running(t, c)
 		began := time.Now()
 		asleep(20 * time.Second)

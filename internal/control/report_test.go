@@ -16,7 +16,7 @@ import (
 
 func TestSilentNodes(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := apitest.NewCluster(t, nil)
+		c := apitest.NewCluster(t, impatient)
 		running(t, c)
 		states := []struct {
 			after time.Duration

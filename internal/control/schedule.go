@@ -115,6 +115,15 @@ type policies interface {
 	PutSchedulerPolicy(ctx context.Context, policy json.RawMessage) error
 }
 
+// What a scheduling policy is made of.
+type (
+	SchedulerPolicy = scheduler.Policy
+	Strategy        = scheduler.Strategy
+	Selection       = scheduler.Selection
+	Overcommit      = scheduler.Overcommit
+	Weights         = scheduler.Weights
+)
+
 // The sources of a scheduling policy.
 const (
 	PolicyFromSettings = "settings"

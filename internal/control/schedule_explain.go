@@ -74,3 +74,6 @@ func (f *fleet) explain(r scheduler.Request, now time.Time) Schedule {
 	}
 	return s
 }
+
+// Accepted reports whether the node can take the sandbox.
+func (n ScheduledNode) Accepted() bool { return n.Refusal == scheduler.Accepted }

@@ -34,6 +34,8 @@ type Options struct {
 	LogTo io.Writer
 	// Notify is told how the start goes on, by one goroutine at a time; nil tells nobody.
 	Notify func(Event)
+	// Reload reads the settings again, for SIGHUP; nil ignores that signal.
+	Reload func() (*config.Config, error)
 }
 
 // daemon is one running `cloister up`.
@@ -42,6 +44,7 @@ type daemon struct {
 	version string
 	log     *slog.Logger
 	notify  func(Event)
+	reload  func() (*config.Config, error)
 	begun   time.Time
 	ready   atomic.Bool
 	metrics *prometheus.Registry
@@ -92,7 +95,7 @@ func newDaemon(cfg *config.Config, opt Options) (*daemon, error) {
 		opt.Notify = func(Event) {}
 	}
 	return &daemon{
-		cfg: cfg, version: opt.Version, log: log, notify: opt.Notify, begun: time.Now(), metrics: telemetry.NewRegistry(),
+		cfg: cfg, version: opt.Version, log: log, notify: opt.Notify, reload: opt.Reload, begun: time.Now(), metrics: telemetry.NewRegistry(),
 	}, nil
 }
 
@@ -123,6 +126,7 @@ func (d *daemon) serve(ctx context.Context) error {
 		return errors.Join(err, loops.Wait())
 	}
 	loops.Go(func() error { return d.followRoom(loopCtx) })
+	loops.Go(func() error { d.followReloads(loopCtx); return nil })
 	frontCtx, stopFronts := context.WithCancel(ctx)
 	defer stopFronts()
 	fronts, frontCtx := errgroup.WithContext(frontCtx)

@@ -11,7 +11,6 @@ import (
 	"github.com/cloister-dev/cloister/internal/gen/agent/v1/agentv1connect"
 	"github.com/cloister-dev/cloister/internal/history"
 	"github.com/cloister-dev/cloister/internal/sandbox"
-	"github.com/cloister-dev/cloister/internal/scheduler"
 	"github.com/cloister-dev/cloister/internal/store"
 )
 
@@ -22,10 +21,6 @@ type serverRole struct {
 	control *control.Control
 	fleet   *localFleet
 }
-
-// maxCreating is how many creates may be under way at once: with no other node to go to, the rest of a burst waits for its
-// turn at the one that there is, which refuses what would wait too long.
-const maxCreating = 1000
 
 func (d *daemon) buildServer(ctx context.Context) error {
 	st, err := store.Open(ctx, store.Config{Dir: d.path("server", "store"), Logger: d.log})
@@ -40,16 +35,22 @@ func (d *daemon) buildServer(ctx context.Context) error {
 		return fmt.Errorf("open history: %w", err)
 	}
 	d.closers = append(d.closers, hist.Close)
+	policy, err := schedulerPolicy(d.cfg)
+	if err != nil {
+		return err
+	}
 	fleet := &localFleet{}
 	ctl, err := control.New(ctx, control.Config{
 		Agents: fleet, Templates: st, Nodes: st, Settings: st, Policies: st, Secrets: st, Keys: keyring{st}, History: events{hist}, Log: d.log,
 		Limits: control.Limits{
 			MaxTimeout:       d.cfg.MaxTimeout,
 			DefaultResources: d.defaultResources(),
+			SuspectAfter:     d.cfg.SuspectAfter(),
+			DownAfter:        d.cfg.NodeDownAfter,
 		},
-		Policy:    scheduler.Policy{MaxCreating: maxCreating},
+		Policy:    policy,
 		UploadDir: d.path("server", "uploads"),
-		About:  control.About{Version: d.version, APIURL: d.cfg.PublicAPIURL, ProxyURL: d.cfg.PublicProxyURL, Ready: d.ready.Load},
+		About:     control.About{Version: d.version, APIURL: d.cfg.PublicAPIURL, ProxyURL: d.cfg.PublicProxyURL, Ready: d.ready.Load},
 	})
 	if err != nil {
 		return fmt.Errorf("build server: %w", err)

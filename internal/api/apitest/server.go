@@ -67,7 +67,9 @@ func (c *Cluster) Restart(tb testing.TB, change func(*control.Config)) {
 	cfg := control.Config{
 		Agents: c.Agents, Templates: c.Records, Nodes: c.Records, Settings: c.Records, Policies: c.Records, Secrets: c.Records, Keys: c.Records, History: c.Records,
 		Log: slog.New(slog.DiscardHandler), Random: rand.NewPCG(1, 2), UploadDir: c.uploads,
-		About: control.About{Version: "test", APIURL: "http://api.test", ProxyURL: "http://proxy.test"},
+		// Fake nodes report when a test tells them to, so their silence means nothing.
+		Limits: control.Limits{SuspectAfter: 24 * time.Hour, DownAfter: 48 * time.Hour},
+		About:  control.About{Version: "test", APIURL: "http://api.test", ProxyURL: "http://proxy.test"},
 	}
 	if change != nil {
 		change(&cfg)

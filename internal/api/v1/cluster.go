@@ -13,19 +13,3 @@ func (s *server) status(w http.ResponseWriter, r *http.Request) error {
 	}
 	return exchange.JSON(w, http.StatusOK, statusToWire(st))
 }
-
-func (s *server) listNodes(w http.ResponseWriter, r *http.Request) error {
-	all, err := s.control.ListNodes(r.Context())
-	if err != nil {
-		return err
-	}
-	return exchange.JSON(w, http.StatusOK, each(all, nodeToWire))
-}
-
-func (s *server) getNode(w http.ResponseWriter, r *http.Request) error {
-	n, err := s.control.GetNode(r.Context(), r.PathValue("id"))
-	if err != nil {
-		return err
-	}
-	return exchange.JSON(w, http.StatusOK, nodeToWire(n))
-}

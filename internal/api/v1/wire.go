@@ -31,19 +31,6 @@ func statusToWire(s control.Status) client.Status {
 	return w
 }
 
-func nodeToWire(n control.Node) client.Node {
-	w := client.Node{
-		ID: string(n.ID), Name: n.Name, State: string(n.State), Version: n.Version, Architecture: n.Architecture,
-		Kernel: n.Kernel, Engines: n.Engines, Labels: n.Labels, Capacity: resourcesToWire(n.Capacity),
-		Allocated: resourcesToWire(n.Allocated), Sandboxes: n.Sandboxes, Warm: n.Warm,
-		RegisteredAt: n.RegisteredAt, LastSeenAt: n.LastSeenAt,
-	}
-	if w.Engines == nil {
-		w.Engines = []string{}
-	}
-	return w
-}
-
 func sandboxToWire(b sandbox.Sandbox) client.Sandbox {
 	w := client.Sandbox{
 		ID: string(b.ID), NodeID: string(b.NodeID), TemplateID: string(b.TemplateID), Template: b.TemplateName,
