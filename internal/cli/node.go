@@ -159,7 +159,7 @@ func (a *app) nodeTaint() *cobra.Command {
 	return &cobra.Command{
 		Use: "taint NODE KEY[=VALUE]:EFFECT|KEY[:EFFECT]- ...", Short: "Keep sandboxes off a node that do not tolerate a taint",
 		Long: "Set taints of a node, or take away those that end in `-`. NoSchedule keeps new sandboxes off the node unless their\n" +
-			"metadata cloister.dev/tolerations names the taint; PreferNoSchedule has them go to other nodes while there are some.",
+			"metadata cloister.dev/tolerations names the taint; PreferNoSchedule only counts against the node.",
 		Example: "  cloister node taint node-1 gpu=only:NoSchedule\n  cloister node taint node-1 old:PreferNoSchedule\n  cloister node taint node-1 gpu-",
 		Args:    several("a node and taints: NODE KEY=VALUE:NoSchedule ... or NODE KEY- ..."), ValidArgsFunction: a.complete(1, nodeNames),
 		RunE: func(c *cobra.Command, args []string) error {

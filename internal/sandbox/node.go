@@ -15,7 +15,7 @@ type TaintEffect string
 const (
 	// NoSchedule keeps new sandboxes off the node.
 	NoSchedule TaintEffect = "NoSchedule"
-	// PreferNoSchedule has new sandboxes go to other nodes while there are some.
+	// PreferNoSchedule counts against the node as much as the strongest wish of a request can.
 	PreferNoSchedule TaintEffect = "PreferNoSchedule"
 )
 
