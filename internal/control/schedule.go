@@ -115,13 +115,17 @@ type policies interface {
 	PutSchedulerPolicy(ctx context.Context, policy json.RawMessage) error
 }
 
-// What a scheduling policy is made of.
 type (
+	// SchedulerPolicy is how nodes are chosen.
 	SchedulerPolicy = scheduler.Policy
-	Strategy        = scheduler.Strategy
-	Selection       = scheduler.Selection
-	Overcommit      = scheduler.Overcommit
-	Weights         = scheduler.Weights
+	// Strategy says what makes one node better than another.
+	Strategy = scheduler.Strategy
+	// Selection says how one of the best nodes is drawn.
+	Selection = scheduler.Selection
+	// Overcommit multiplies the parts of a capacity.
+	Overcommit = scheduler.Overcommit
+	// Weights says how much each part of a score counts.
+	Weights = scheduler.Weights
 )
 
 // The sources of a scheduling policy.

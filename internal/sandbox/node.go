@@ -1,10 +1,8 @@
 package sandbox
 
 import (
-	"fmt"
 	"maps"
 	"slices"
-	"strings"
 	"time"
 )
 
@@ -29,23 +27,12 @@ type Taint struct {
 	Effect TaintEffect `json:"effect"`
 }
 
-// String writes the taint as ParseTaint reads it.
+// String writes the taint as KEY=VALUE:EFFECT or KEY:EFFECT.
 func (t Taint) String() string {
 	if t.Value == "" {
 		return t.Key + ":" + string(t.Effect)
 	}
 	return t.Key + "=" + t.Value + ":" + string(t.Effect)
-}
-
-// ParseTaint reads KEY=VALUE:EFFECT or KEY:EFFECT. Errors: ErrInvalid.
-func ParseTaint(text string) (Taint, error) {
-	rest, effect, _ := strings.Cut(text, ":")
-	key, value, _ := strings.Cut(rest, "=")
-	t := Taint{Key: key, Value: value, Effect: TaintEffect(effect)}
-	if err := t.Check(); err != nil {
-		return Taint{}, fmt.Errorf("taint %.80q: %w", text, err)
-	}
-	return t, nil
 }
 
 // Check refuses what is no taint. Errors: ErrInvalid.
@@ -84,9 +71,10 @@ type NodeSettings struct {
 }
 
 // Clone returns settings that share nothing with s.
-func (s NodeSettings) Clone() NodeSettings {
-	s.Labels, s.Taints = maps.Clone(s.Labels), slices.Clone(s.Taints)
-	return s
+func (s *NodeSettings) Clone() NodeSettings {
+	out := *s
+	out.Labels, out.Taints = maps.Clone(s.Labels), slices.Clone(s.Taints)
+	return out
 }
 
 // AddTaint sets a taint, in place of one with the same key and effect.

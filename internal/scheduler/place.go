@@ -31,9 +31,9 @@ type Decision struct {
 //
 // Nodes that failed too often lately are candidates only where there are no others.
 func Place(s Snapshot, r Request) Decision {
-	policy := s.Policy.WithDefaults()
+	policy := rules{s.Policy.WithDefaults()}
 	c := collector{policy: &policy, keep: keptRefusals, fits: make([]Verdict, 0, min(policy.Sample, len(s.Nodes)))}
-	steps, skip := newWalk(len(s.Nodes), &policy, &r), -1
+	steps, skip := newWalk(len(s.Nodes), &policy.Policy, &r), -1
 	if policy.Strategy == Sticky && r.Previous > 0 && r.Previous <= len(s.Nodes) {
 		skip = r.Previous - 1
 		c.add(policy.judge(&s.Nodes[skip], &r))
@@ -60,7 +60,7 @@ func Place(s Snapshot, r Request) Decision {
 
 // collector sorts verdicts into those that fit, those that fit but are broken, and refusals.
 type collector struct {
-	policy *Policy
+	policy *rules
 	// keep bounds the refusals that are explained.
 	keep     int
 	fits     []Verdict
@@ -117,7 +117,7 @@ func (c *collector) decide(r *Request) Decision {
 }
 
 // draw moves one of the best candidates to the front; the others keep their order.
-func (p *Policy) draw(fits []Verdict, random Source) {
+func (p *rules) draw(fits []Verdict, random Source) {
 	n := min(p.PrioritySelectNum, len(fits))
 	if n < 2 || random == nil {
 		return

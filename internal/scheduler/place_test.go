@@ -180,7 +180,7 @@ func TestPlaceProperties(t *testing.T) {
 		for i := range s.Nodes {
 			n := &s.Nodes[i]
 			byID[n.ID] = n
-			if s.Policy.WithDefaults().fits(n, want) {
+			if (&rules{s.Policy.WithDefaults()}).fits(n, want) {
 				fitting++
 			}
 		}
@@ -193,7 +193,7 @@ func TestPlaceProperties(t *testing.T) {
 				t.Fatalf("seed %d: %s appears twice", seed, id)
 			}
 			seen[id] = true
-			if !s.Policy.WithDefaults().fits(byID[id], want) {
+			if !(&rules{s.Policy.WithDefaults()}).fits(byID[id], want) {
 				t.Fatalf("seed %d: %s does not fit", seed, id)
 			}
 		}
@@ -217,7 +217,7 @@ func TestPlaceProperties(t *testing.T) {
 }
 
 // fits states the filters a second time, in the plainest way.
-func (p Policy) fits(n *Node, r Request) bool {
+func (p *rules) fits(n *Node, r Request) bool {
 	free := n.Capacity.Sub(n.Allocated)
 	return n.State == sandbox.NodeReady && slices.Contains(n.Engines, r.Engine) && n.Creating < p.MaxCreating && n.hasImage(r.Image) &&
 		r.Resources.MilliCPU <= free.MilliCPU && r.Resources.MemoryBytes <= free.MemoryBytes &&

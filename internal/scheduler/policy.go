@@ -190,8 +190,11 @@ func (w Weights) all() []named {
 // within is false for what is no number.
 func within(v, least, most float64) bool { return !math.IsNaN(v) && v >= least && v <= most }
 
+// rules is a policy with every default filled in.
+type rules struct{ Policy }
+
 // limit returns what sandboxes of a node may have in all.
-func (p *Policy) limit(capacity sandbox.Resources) sandbox.Resources {
+func (p *rules) limit(capacity sandbox.Resources) sandbox.Resources {
 	return sandbox.Resources{
 		MilliCPU:    times(capacity.MilliCPU, p.Overcommit.CPU),
 		MemoryBytes: times(capacity.MemoryBytes, p.Overcommit.Memory),

@@ -3,7 +3,7 @@ package scheduler
 import "github.com/cloister-dev/cloister/internal/sandbox"
 
 // judge applies the filters in the order in which a person would want to hear of them, then scores.
-func (p *Policy) judge(n *Node, r *Request) Verdict {
+func (p *rules) judge(n *Node, r *Request) Verdict {
 	v := Verdict{
 		Node: n.ID, Want: r.Resources, State: n.State, Creating: n.Creating, Warm: n.Warm, Sandboxes: n.Sandboxes,
 		Limit: p.limit(n.Capacity),
@@ -49,7 +49,7 @@ func (p *Policy) judge(n *Node, r *Request) Verdict {
 const fewSandboxes = 100
 
 // parts returns what speaks for a node, each part 0 to 1.
-func (p *Policy) parts(n *Node, r *Request, v *Verdict, against int, hasImage bool) Weights {
+func (p *rules) parts(n *Node, r *Request, v *Verdict, against int, hasImage bool) Weights {
 	parts := Weights{
 		Load: 1 - v.Load, Creating: 1 - float64(v.Creating)/float64(p.MaxCreating),
 		Sandboxes: fewSandboxes / float64(fewSandboxes+max(0, n.Sandboxes)),

@@ -127,21 +127,27 @@ func FuzzWishes(f *testing.F) {
 	})
 }
 
-// A taint that is read is written as it was meant.
+// A toleration that is written as a taint is tolerates just that taint.
 func FuzzTaint(f *testing.F) {
-	f.Add("gpu=only:NoSchedule")
-	f.Add("a:PreferNoSchedule")
-	f.Add("=:")
-	f.Fuzz(func(t *testing.T, text string) {
-		taint, err := sandbox.ParseTaint(text)
-		if err != nil {
+	f.Add("gpu", "only", "NoSchedule")
+	f.Add("a/b", "", "PreferNoSchedule")
+	f.Add("=", ":", "")
+	f.Fuzz(func(t *testing.T, key, value, effect string) {
+		taint := sandbox.Taint{Key: key, Value: value, Effect: sandbox.TaintEffect(effect)}
+		if err := taint.Check(); err != nil {
 			if !errors.Is(err, sandbox.ErrInvalid) {
 				t.Fatal(err)
 			}
 			return
 		}
-		if again, err := sandbox.ParseTaint(taint.String()); err != nil || again != taint {
-			t.Fatalf("%q is %+v, then %+v, %v", text, taint, again, err)
+		all, err := ParseTolerations(taint.String())
+		if err != nil || len(all) != 1 || !all[0].covers(&taint) {
+			t.Fatalf("%s: %+v, %v", taint, all, err)
+		}
+		other := taint
+		other.Key += "x"
+		if all[0].covers(&other) {
+			t.Fatalf("%s tolerates %s", taint, other)
 		}
 	})
 }

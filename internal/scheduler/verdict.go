@@ -119,7 +119,7 @@ func (v Verdict) String() string { return fmt.Sprintf("node %s %s", v.Node, v.Re
 func Explain(s Snapshot, r Request) Decision {
 	s.Policy = s.Policy.WithDefaults()
 	s.Policy.Sample, s.Policy.PrioritySelectNum = max(1, len(s.Nodes)), 1
-	policy := s.Policy
+	policy := rules{s.Policy}
 	c := collector{policy: &policy, keep: len(s.Nodes)}
 	for i := range s.Nodes {
 		c.add(policy.judge(&s.Nodes[i], &r))

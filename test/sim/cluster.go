@@ -51,7 +51,7 @@ func New(nodes, perNode, servers int, policy scheduler.Policy) *Cluster {
 	for i := range servers {
 		c.servers = append(c.servers, &server{
 			views:  scheduler.Snapshot{Nodes: slices.Clone(c.nodes), Policy: policy},
-			random: rand.NewPCG(uint64(i), 1), //nolint:gosec // a number of servers
+			random: rand.NewPCG(uint64(i), 1),
 			next:   i * nodes / servers,
 		})
 	}

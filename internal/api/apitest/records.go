@@ -153,7 +153,8 @@ func (r *Records) UpdateNodeSettings(
 ) (sandbox.NodeSettings, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	next := r.settings[id].Clone()
+	old := r.settings[id]
+	next := old.Clone()
 	if err := change(&next); err != nil {
 		return sandbox.NodeSettings{}, err
 	}
