@@ -213,7 +213,7 @@ func TestCopyRefuses(t *testing.T) {
 		"through a link above":                     {[]string{"l->../../..", "l/a=1"}, []string{"src", ".", "dest", "x"}, "escapes"},
 		"a hard link outside":                      {[]string{"d/h=>../../etc/passwd"}, []string{"src", "d", "dest", "x"}, "leads out"},
 		"a hard link to a file that is not copied": {[]string{"a=1", "d/h=>a"}, []string{"src", "d", "dest", "x"}, "not copied"},
-		"a pipe":                                   {[]string{"d/p|"}, []string{"src", "d", "dest", "x"}, "only files"},
+		"a pipe inside":                            {[]string{"d/p|"}, []string{"src", "d", "dest", "x"}, "only files"},
 		"a directory in place of one":              {[]string{"f=1", "f/"}, []string{"src", ".", "dest", "x"}, "not a directory"},
 		"no destination":                           {nil, []string{"src", "a"}, "destination"},
 		"no owner":                                 {nil, []string{"src", "a", "dest", "x", "owner", "who"}, "no user"},
