@@ -6,13 +6,10 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
-	"strconv"
-	"strings"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/cloister-dev/cloister/internal/config"
-	"github.com/cloister-dev/cloister/internal/sandbox"
 	"github.com/cloister-dev/cloister/internal/scheduler"
 )
 
@@ -62,59 +59,21 @@ func schedulerPolicy(cfg *config.Config) (scheduler.Policy, error) {
 		Overcommit: scheduler.Overcommit{CPU: 1, Memory: 1, Disk: 1}, Weights: scheduler.DefaultWeights(),
 	}
 	w, o := &p.Weights, &p.Overcommit
-	if err := numbers("scheduler-weights", cfg.SchedulerWeights, map[string]*float64{
+	if err := config.ParseNumbers("scheduler-weights", cfg.SchedulerWeights, map[string]*float64{
 		"load": &w.Load, "warm": &w.Warm, "creating": &w.Creating, "sandboxes": &w.Sandboxes, "used_cpu": &w.UsedCPU,
 		"used_memory": &w.UsedMemory, "image": &w.Image, "affinity": &w.Affinity,
 	}); err != nil {
 		return p, err
 	}
-	if err := numbers("scheduler-overcommit", cfg.SchedulerOvercommit, map[string]*float64{"cpu": &o.CPU, "memory": &o.Memory, "disk": &o.Disk}); err != nil {
+	if err := config.ParseNumbers("scheduler-overcommit", cfg.SchedulerOvercommit, map[string]*float64{"cpu": &o.CPU, "memory": &o.Memory, "disk": &o.Disk}); err != nil {
 		return p, err
 	}
 	var err error
-	if p.Reserved, err = reserved(cfg.SchedulerReserved); err != nil {
+	if p.Reserved, err = config.ParseAmounts("scheduler-reserved", cfg.SchedulerReserved); err != nil {
 		return p, err
 	}
 	if err := p.Check(); err != nil {
 		return p, fmt.Errorf("settings of the scheduler: %w", err)
 	}
 	return p, nil
-}
-
-// numbers reads NAME=NUMBER settings into the places of their names.
-func numbers(setting string, pairs []string, at map[string]*float64) error {
-	for _, pair := range pairs {
-		name, text, _ := strings.Cut(pair, "=")
-		place, known := at[strings.TrimSpace(name)]
-		value, err := strconv.ParseFloat(strings.TrimSpace(text), 64)
-		if !known || err != nil {
-			return sandbox.Invalidf("%s: %.80q: want NAME=NUMBER, as docs/reference/config.md lists the names", setting, pair)
-		}
-		*place = value
-	}
-	return nil
-}
-
-func reserved(pairs []string) (sandbox.Resources, error) {
-	var out sandbox.Resources
-	for _, pair := range pairs {
-		name, text, _ := strings.Cut(pair, "=")
-		size, err := config.ParseSize(text)
-		switch strings.TrimSpace(name) {
-		case "memory":
-			out.MemoryBytes = int64(size)
-		case "disk":
-			out.DiskBytes = int64(size)
-		case "cpu":
-			var cores float64
-			cores, err = strconv.ParseFloat(strings.TrimSpace(text), 64)
-			out.MilliCPU = int64(cores * 1000)
-		default:
-			err = strconv.ErrSyntax
-		}
-		if err != nil {
-			return out, sandbox.Invalidf("scheduler-reserved: %.80q: want cpu=NUMBER, memory=SIZE or disk=SIZE, as in memory=4GiB", pair)
-		}
-	}
-	return out, nil
 }

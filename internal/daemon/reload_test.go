@@ -2,12 +2,14 @@ package daemon
 
 import (
 	"errors"
+	"log/slog"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/cloister-dev/cloister/internal/api/apitest"
 	"github.com/cloister-dev/cloister/internal/config"
 	"github.com/cloister-dev/cloister/internal/sandbox"
 	"github.com/cloister-dev/cloister/internal/scheduler"
@@ -55,21 +57,31 @@ func TestSchedulerPolicyRefusals(t *testing.T) {
 	}
 }
 
-func FuzzSchedulerPolicy(f *testing.F) {
-	f.Add("load=1", "cpu=0.5", "memory=1GiB")
-	f.Add("warm=1e309", "disk=-1", "cpu=1e300")
-	f.Fuzz(func(t *testing.T, weight, factor, left string) {
-		cfg := config.Default()
-		cfg.SchedulerWeights, cfg.SchedulerOvercommit, cfg.SchedulerReserved = []string{weight}, []string{factor}, []string{left}
-		p, err := schedulerPolicy(cfg)
-		if err != nil {
-			if !errors.Is(err, sandbox.ErrInvalid) {
-				t.Fatal(err)
-			}
-			return
-		}
-		if p.Reserved.MilliCPU < 0 || p.Overcommit.Disk <= 0 || p.Weights.Load < 0 {
-			t.Fatalf("%+v", p)
-		}
-	})
+// Settings that cannot be, or cannot be read, leave the policy as it was.
+func TestReloadSettings(t *testing.T) {
+	c := apitest.NewCluster(t, nil)
+	var next *config.Config
+	var broken error
+	d := &daemon{
+		log: slog.New(slog.DiscardHandler), server: &serverRole{control: c.Control},
+		reload: func() (*config.Config, error) { return next, broken },
+	}
+	strategy := func() scheduler.Strategy {
+		d.reloadSettings(t.Context())
+		p, _ := c.Control.SchedulerPolicy()
+		return p.Strategy
+	}
+	next = config.Default()
+	next.SchedulerStrategy = "binpack"
+	if got := strategy(); got != scheduler.Binpack {
+		t.Errorf("reloaded to %s", got)
+	}
+	next.SchedulerStrategy = "fast"
+	if got := strategy(); got != scheduler.Binpack {
+		t.Errorf("a policy that cannot be gave %s", got)
+	}
+	next, broken = nil, errors.New("line 1: unknown setting")
+	if got := strategy(); got != scheduler.Binpack {
+		t.Errorf("a file that cannot be read gave %s", got)
+	}
 }
