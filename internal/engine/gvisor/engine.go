@@ -210,7 +210,8 @@ func moduleVersion() string {
 	return cmp.Or(filterVersion, "unknown")
 }
 
-// Purge ends every guest of this Root and control group and removes both.
+// Purge ends every guest of this Root and control group, removes both, and lets go of the sentry's program, so that nothing
+// of the Engine keeps a file system busy. The Engine can start no guest afterwards.
 func (e *Engine) Purge(ctx context.Context) error {
 	list, err := e.List(ctx)
 	if err != nil {
@@ -226,6 +227,9 @@ func (e *Engine) Purge(ctx context.Context) error {
 	}
 	if err := os.RemoveAll(e.cfg.Root); err != nil {
 		return fmt.Errorf("purge %s: %w", e.cfg.Root, err)
+	}
+	if e.exe != nil && sentryFile.CompareAndSwap(e.exe, nil) {
+		return e.exe.Close()
 	}
 	return nil
 }
