@@ -58,6 +58,9 @@ func (a *Agent) demand(o *order) {
 	p.custom = o.custom || o.from.SandboxID != ""
 	p.use = p.use.add(now())
 	for k, other := range a.pools {
+		if k.checkpoint == "" && o.from.SandboxID != "" {
+			continue // a fork is asked for by its source's names, and says nothing about them
+		}
 		moved := k.digest != o.pool.digest || k.checkpoint != o.pool.checkpoint
 		other.stale = other.stale || moved && other.template == o.template && other.name == o.name
 	}
