@@ -113,15 +113,43 @@ func useSentry(path string) (*os.File, error) {
 		return nil, fmt.Errorf("open sentry: %w", err)
 	}
 	defer func() { _ = low.Close() }() // duplicated below
-	// A new process finds the files that are passed to it at the first numbers, where they would hide a program.
-	fd, err := unix.FcntlInt(low.Fd(), unix.F_DUPFD_CLOEXEC, firstSafe)
+	f, err := guardedDup(low)
 	if err != nil {
 		return nil, fmt.Errorf("open sentry: %w", err)
 	}
-	f := os.NewFile(uintptr(fd), path)
 	specutils.ExePath = fmt.Sprintf("/proc/self/fd/%d", f.Fd())
 	sentryFile.Store(f)
 	return f, nil
+}
+
+// guardNumbers is more than files are ever passed to a new process.
+const guardNumbers = 64
+
+// guardedDup returns f again at a number where it can be executed. A new process moves files that are passed to it to the
+// first numbers and, on their way, to those right after the highest of them; what is there is hidden. So the numbers before
+// the file's are taken for good: no file that is passed can have one of them, and those from above go further up.
+func guardedDup(f *os.File) (*os.File, error) {
+	for run, next := 0, firstSafe; ; next++ {
+		fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, next)
+		if err != nil {
+			return nil, err
+		}
+		if fd != next {
+			run, next = 0, fd // somebody has a number in between
+		}
+		if run++; run > guardNumbers {
+			return os.NewFile(uintptr(fd), f.Name()), nil
+		}
+	}
+}
+
+// freeGuards closes the numbers before a guarded file.
+func freeGuards(f *os.File) error {
+	var errs []error
+	for n := range guardNumbers {
+		errs = append(errs, unix.Close(int(f.Fd())-1-n)) //nolint:gosec // a descriptor
+	}
+	return errors.Join(errs...)
 }
 
 // sentryFile keeps the program open that gVisor's global path names, when the Engine that has set it is gone.
@@ -229,7 +257,7 @@ func (e *Engine) Purge(ctx context.Context) error {
 		return fmt.Errorf("purge %s: %w", e.cfg.Root, err)
 	}
 	if e.exe != nil && sentryFile.CompareAndSwap(e.exe, nil) {
-		return e.exe.Close()
+		return errors.Join(freeGuards(e.exe), e.exe.Close())
 	}
 	return nil
 }
