@@ -147,7 +147,7 @@ func guardedDup(f *os.File) (*os.File, error) {
 func freeGuards(f *os.File) error {
 	var errs []error
 	for n := range guardNumbers {
-		errs = append(errs, unix.Close(int(f.Fd())-1-n)) //nolint:gosec // a descriptor
+		errs = append(errs, unix.Close(int(f.Fd())-1-n))
 	}
 	return errors.Join(errs...)
 }

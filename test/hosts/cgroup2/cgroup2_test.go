@@ -35,7 +35,7 @@ const (
 	// TestEngine and TestRestoredLimits, which would take the machine a minute. The pattern with a slash is last, since no
 	// pattern after one applies to whole tests.
 	testTag  = "cgroup2"
-	leaveOut = "^TestFilterVersion$|^TestManySaves$|^TestLongLife$|^TestSaveK|^TestHold$|^TestDamage$|/^shared$"
+	leaveOut = "^TestFilterVersion$|^TestManySaves$|^TestLongLife$|^TestSaveK|^TestHold$|^TestDamage$|^TestProgramIsNeverHidden$|/^shared$"
 )
 
 func TestEngine(t *testing.T) {
