@@ -134,8 +134,11 @@ func guardedDup(f *os.File) (*os.File, error) {
 		if err != nil {
 			return nil, err
 		}
-		if fd != next {
-			run, next = 0, fd // somebody has a number in between
+		if fd != next { // somebody has a number in between
+			if err := closeBefore(next, run); err != nil {
+				return nil, err
+			}
+			run, next = 0, fd
 		}
 		if run++; run > guardNumbers {
 			return os.NewFile(uintptr(fd), f.Name()), nil
@@ -143,11 +146,11 @@ func guardedDup(f *os.File) (*os.File, error) {
 	}
 }
 
-// freeGuards closes the numbers before a guarded file.
-func freeGuards(f *os.File) error {
+// closeBefore closes the n descriptors before one.
+func closeBefore(fd, n int) error {
 	var errs []error
-	for n := range guardNumbers {
-		errs = append(errs, unix.Close(int(f.Fd())-1-n))
+	for i := range n {
+		errs = append(errs, unix.Close(fd-1-i))
 	}
 	return errors.Join(errs...)
 }
@@ -257,7 +260,7 @@ func (e *Engine) Purge(ctx context.Context) error {
 		return fmt.Errorf("purge %s: %w", e.cfg.Root, err)
 	}
 	if e.exe != nil && sentryFile.CompareAndSwap(e.exe, nil) {
-		return errors.Join(freeGuards(e.exe), e.exe.Close())
+		return errors.Join(closeBefore(int(e.exe.Fd()), guardNumbers), e.exe.Close())
 	}
 	return nil
 }

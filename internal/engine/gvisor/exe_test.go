@@ -5,6 +5,7 @@ import (
 	"os/exec"
 	"testing"
 
+	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/runsc/specutils"
 )
 
@@ -17,9 +18,17 @@ func TestProgramIsNeverHidden(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	between, err := unix.FcntlInt(os.Stdin.Fd(), unix.F_DUPFD_CLOEXEC, firstSafe+guardNumbers/2) // somebody's
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = unix.Close(between) })
 	exe, err := useSentry(program)
 	if err != nil {
 		t.Fatal(err)
+	}
+	if n := openTimes(t, program); n != guardNumbers+1 {
+		t.Errorf("the program is open %d times, want %d", n, guardNumbers+1)
 	}
 	var open []*os.File
 	for len(open) == 0 || open[len(open)-1].Fd() < exe.Fd()+guardNumbers {
@@ -46,4 +55,24 @@ func TestProgramIsNeverHidden(t *testing.T) {
 			t.Errorf("with %d the highest: %v, %v", top.Fd(), state, err)
 		}
 	}
+}
+
+// openTimes returns how often this process has a file open.
+func openTimes(t *testing.T, path string) int {
+	t.Helper()
+	want, err := os.Stat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	all, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := 0
+	for _, fd := range all {
+		if got, err := os.Stat("/proc/self/fd/" + fd.Name()); err == nil && os.SameFile(want, got) {
+			n++
+		}
+	}
+	return n
 }
