@@ -232,7 +232,7 @@ func TestPauseWithoutAnAnswer(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 	c.Node.Fail(nil)
-	c.Node.Forget(box.ID)
+	c.Node.Lose(box.ID)
 	if _, err := c.Control.Pause(t.Context(), box.ID, ""); !errors.Is(err, sandbox.ErrNotFound) {
 		t.Errorf("%v", err)
 	}

@@ -49,7 +49,7 @@ func TestRestartFindsSandboxes(t *testing.T) {
 	if _, err := c.Control.Get(t.Context(), forgotten.ID); err != nil {
 		t.Error(err)
 	}
-	c.Node.Forget(forgotten.ID)
+	c.Node.Lose(forgotten.ID)
 	c.Join(t, c.Node)
 	if got, err := c.Control.Get(t.Context(), kept.ID); err != nil || got.State != sandbox.StateRunning {
 		t.Errorf("%+v, %v", got, err)
@@ -72,7 +72,7 @@ func TestFullReportSparesTheNew(t *testing.T) {
 	c := apitest.NewCluster(t, nil)
 	box := mustCreate(t, c, minute())
 	// A full report of the present registration that was written before the create.
-	c.Node.Forget(box.ID)
+	c.Node.Lose(box.ID)
 	if err := c.Report(t, c.Node, true); err != nil {
 		t.Fatal(err)
 	}

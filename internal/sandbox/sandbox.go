@@ -60,6 +60,16 @@ type Sandbox struct {
 	PausedAt    time.Time      `json:"paused_at,omitzero"`
 	PausedKind  CheckpointKind `json:"paused_kind,omitempty"`
 	PausedBytes int64          `json:"paused_bytes,omitempty"`
+	// Checkpoint is what it is paused or migrating in, and ImageDigest what it runs from.
+	Checkpoint  string `json:"checkpoint,omitempty"`
+	ImageDigest string `json:"image_digest,omitempty"`
+	// Received means that a migrating sandbox has come to NodeID and does not count there yet.
+	Received bool `json:"received,omitempty"`
+	// AutoResume means that traffic makes it run again while it is paused, for Timeout, which is the last that it was given;
+	// 0 there means never. IdleTimeout means that the timeout counts from its last use.
+	AutoResume  bool          `json:"auto_resume,omitempty"`
+	Timeout     time.Duration `json:"timeout,omitempty"`
+	IdleTimeout bool          `json:"idle_timeout,omitempty"`
 }
 
 // NodeState is what the cluster may ask of a node.
@@ -87,4 +97,9 @@ type Node struct {
 	Labels       map[string]string `json:"labels,omitempty"`
 	Capacity     Resources         `json:"capacity"`
 	RegisteredAt time.Time         `json:"registered_at"`
+	// Address is the HOST:PORT on which it answers other members; empty where only its link to the server reaches it.
+	Address string `json:"address,omitempty"`
+	// CPUFeatures are the processor's, in the kernel's words; Machine is what it has before over-commit and reserve.
+	CPUFeatures []string  `json:"cpu_features,omitempty"`
+	Machine     Resources `json:"machine,omitzero"`
 }

@@ -221,8 +221,8 @@ func (n *Node) Crash(id sandbox.ID, reason string) {
 	n.end(string(id), agentv1.State_STATE_FAILED, reason, "failed")
 }
 
-// Forget drops a sandbox without a word, as a node does that lost its disk.
-func (n *Node) Forget(id sandbox.ID) {
+// Lose drops a sandbox without a word, as a node does that lost its disk.
+func (n *Node) Lose(id sandbox.ID) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.drop(string(id))

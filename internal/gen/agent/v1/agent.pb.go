@@ -205,6 +205,970 @@ func (BuildState) EnumDescriptor() ([]byte, []int) {
 	return file_agent_v1_agent_proto_rawDescGZIP(), []int{2}
 }
 
+// Peer is a node that can be asked for something.
+type Peer struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	NodeId string                 `protobuf:"bytes,1,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
+	// HOST:PORT that it answers other members on; empty where only the server can reach it.
+	Address       string `protobuf:"bytes,2,opt,name=address,proto3" json:"address,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Peer) Reset() {
+	*x = Peer{}
+	mi := &file_agent_v1_agent_proto_msgTypes[0]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Peer) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Peer) ProtoMessage() {}
+
+func (x *Peer) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_v1_agent_proto_msgTypes[0]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Peer.ProtoReflect.Descriptor instead.
+func (*Peer) Descriptor() ([]byte, []int) {
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{0}
+}
+
+func (x *Peer) GetNodeId() string {
+	if x != nil {
+		return x.NodeId
+	}
+	return ""
+}
+
+func (x *Peer) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
+type FetchRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Exactly one of the two.
+	ImageDigest  string `protobuf:"bytes,1,opt,name=image_digest,json=imageDigest,proto3" json:"image_digest,omitempty"`
+	CheckpointId string `protobuf:"bytes,2,opt,name=checkpoint_id,json=checkpointId,proto3" json:"checkpoint_id,omitempty"`
+	// Who has it, the best first.
+	Peers []*Peer `protobuf:"bytes,3,rep,name=peers,proto3" json:"peers,omitempty"`
+	// It is also, or only, in the bucket.
+	Bucket bool `protobuf:"varint,4,opt,name=bucket,proto3" json:"bucket,omitempty"`
+	// Of an image: the template that it is fetched for.
+	TemplateId string `protobuf:"bytes,5,opt,name=template_id,json=templateId,proto3" json:"template_id,omitempty"`
+	// Of an image: keep warm sandboxes of it, of this size, as if somebody had asked for one.
+	Warm *Resources `protobuf:"bytes,6,opt,name=warm,proto3" json:"warm,omitempty"`
+	// Of the checkpoint that a sandbox of another node is paused in: keep it for the case that the node is lost.
+	Replica       bool `protobuf:"varint,7,opt,name=replica,proto3" json:"replica,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FetchRequest) Reset() {
+	*x = FetchRequest{}
+	mi := &file_agent_v1_agent_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FetchRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FetchRequest) ProtoMessage() {}
+
+func (x *FetchRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_v1_agent_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FetchRequest.ProtoReflect.Descriptor instead.
+func (*FetchRequest) Descriptor() ([]byte, []int) {
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *FetchRequest) GetImageDigest() string {
+	if x != nil {
+		return x.ImageDigest
+	}
+	return ""
+}
+
+func (x *FetchRequest) GetCheckpointId() string {
+	if x != nil {
+		return x.CheckpointId
+	}
+	return ""
+}
+
+func (x *FetchRequest) GetPeers() []*Peer {
+	if x != nil {
+		return x.Peers
+	}
+	return nil
+}
+
+func (x *FetchRequest) GetBucket() bool {
+	if x != nil {
+		return x.Bucket
+	}
+	return false
+}
+
+func (x *FetchRequest) GetTemplateId() string {
+	if x != nil {
+		return x.TemplateId
+	}
+	return ""
+}
+
+func (x *FetchRequest) GetWarm() *Resources {
+	if x != nil {
+		return x.Warm
+	}
+	return nil
+}
+
+func (x *FetchRequest) GetReplica() bool {
+	if x != nil {
+		return x.Replica
+	}
+	return false
+}
+
+type FetchResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What was moved for this call; 0 where it was there.
+	MovedBytes int64 `protobuf:"varint,1,opt,name=moved_bytes,json=movedBytes,proto3" json:"moved_bytes,omitempty"`
+	// Of a checkpoint.
+	Checkpoint    *Checkpoint `protobuf:"bytes,2,opt,name=checkpoint,proto3" json:"checkpoint,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FetchResponse) Reset() {
+	*x = FetchResponse{}
+	mi := &file_agent_v1_agent_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FetchResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FetchResponse) ProtoMessage() {}
+
+func (x *FetchResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_v1_agent_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FetchResponse.ProtoReflect.Descriptor instead.
+func (*FetchResponse) Descriptor() ([]byte, []int) {
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *FetchResponse) GetMovedBytes() int64 {
+	if x != nil {
+		return x.MovedBytes
+	}
+	return 0
+}
+
+func (x *FetchResponse) GetCheckpoint() *Checkpoint {
+	if x != nil {
+		return x.Checkpoint
+	}
+	return nil
+}
+
+type StoreRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	CheckpointId  string                 `protobuf:"bytes,1,opt,name=checkpoint_id,json=checkpointId,proto3" json:"checkpoint_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StoreRequest) Reset() {
+	*x = StoreRequest{}
+	mi := &file_agent_v1_agent_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StoreRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StoreRequest) ProtoMessage() {}
+
+func (x *StoreRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_v1_agent_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StoreRequest.ProtoReflect.Descriptor instead.
+func (*StoreRequest) Descriptor() ([]byte, []int) {
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *StoreRequest) GetCheckpointId() string {
+	if x != nil {
+		return x.CheckpointId
+	}
+	return ""
+}
+
+type StoreResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	MovedBytes    int64                  `protobuf:"varint,1,opt,name=moved_bytes,json=movedBytes,proto3" json:"moved_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StoreResponse) Reset() {
+	*x = StoreResponse{}
+	mi := &file_agent_v1_agent_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StoreResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StoreResponse) ProtoMessage() {}
+
+func (x *StoreResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_v1_agent_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StoreResponse.ProtoReflect.Descriptor instead.
+func (*StoreResponse) Descriptor() ([]byte, []int) {
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *StoreResponse) GetMovedBytes() int64 {
+	if x != nil {
+		return x.MovedBytes
+	}
+	return 0
+}
+
+// Parcel is everything but files that a node needs to go on with a sandbox of another.
+type Parcel struct {
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	Sandbox     *Sandbox               `protobuf:"bytes,1,opt,name=sandbox,proto3" json:"sandbox,omitempty"`
+	ImageDigest string                 `protobuf:"bytes,2,opt,name=image_digest,json=imageDigest,proto3" json:"image_digest,omitempty"`
+	Checkpoint  *Checkpoint            `protobuf:"bytes,3,opt,name=checkpoint,proto3" json:"checkpoint,omitempty"`
+	Guest       *GuestSettings         `protobuf:"bytes,4,opt,name=guest,proto3" json:"guest,omitempty"`
+	// As in the node's own record.
+	TokenOf        string `protobuf:"bytes,5,opt,name=token_of,json=tokenOf,proto3" json:"token_of,omitempty"`
+	IdempotencyKey string `protobuf:"bytes,6,opt,name=idempotency_key,json=idempotencyKey,proto3" json:"idempotency_key,omitempty"`
+	Source         string `protobuf:"bytes,7,opt,name=source,proto3" json:"source,omitempty"`
+	// It is to run again when it arrives.
+	Running       bool `protobuf:"varint,8,opt,name=running,proto3" json:"running,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Parcel) Reset() {
+	*x = Parcel{}
+	mi := &file_agent_v1_agent_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Parcel) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Parcel) ProtoMessage() {}
+
+func (x *Parcel) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_v1_agent_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Parcel.ProtoReflect.Descriptor instead.
+func (*Parcel) Descriptor() ([]byte, []int) {
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *Parcel) GetSandbox() *Sandbox {
+	if x != nil {
+		return x.Sandbox
+	}
+	return nil
+}
+
+func (x *Parcel) GetImageDigest() string {
+	if x != nil {
+		return x.ImageDigest
+	}
+	return ""
+}
+
+func (x *Parcel) GetCheckpoint() *Checkpoint {
+	if x != nil {
+		return x.Checkpoint
+	}
+	return nil
+}
+
+func (x *Parcel) GetGuest() *GuestSettings {
+	if x != nil {
+		return x.Guest
+	}
+	return nil
+}
+
+func (x *Parcel) GetTokenOf() string {
+	if x != nil {
+		return x.TokenOf
+	}
+	return ""
+}
+
+func (x *Parcel) GetIdempotencyKey() string {
+	if x != nil {
+		return x.IdempotencyKey
+	}
+	return ""
+}
+
+func (x *Parcel) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+func (x *Parcel) GetRunning() bool {
+	if x != nil {
+		return x.Running
+	}
+	return false
+}
+
+type DepartRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// How long open connections may take to end before the sandbox is held still.
+	Grace *durationpb.Duration `protobuf:"bytes,2,opt,name=grace,proto3" json:"grace,omitempty"`
+	// When the node may ask what became of it; default 5 minutes.
+	Deadline      *durationpb.Duration `protobuf:"bytes,3,opt,name=deadline,proto3" json:"deadline,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DepartRequest) Reset() {
+	*x = DepartRequest{}
+	mi := &file_agent_v1_agent_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DepartRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DepartRequest) ProtoMessage() {}
+
+func (x *DepartRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_v1_agent_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DepartRequest.ProtoReflect.Descriptor instead.
+func (*DepartRequest) Descriptor() ([]byte, []int) {
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *DepartRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *DepartRequest) GetGrace() *durationpb.Duration {
+	if x != nil {
+		return x.Grace
+	}
+	return nil
+}
+
+func (x *DepartRequest) GetDeadline() *durationpb.Duration {
+	if x != nil {
+		return x.Deadline
+	}
+	return nil
+}
+
+type DepartResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Parcel        *Parcel                `protobuf:"bytes,1,opt,name=parcel,proto3" json:"parcel,omitempty"`
+	Load          *Load                  `protobuf:"bytes,2,opt,name=load,proto3" json:"load,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DepartResponse) Reset() {
+	*x = DepartResponse{}
+	mi := &file_agent_v1_agent_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DepartResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DepartResponse) ProtoMessage() {}
+
+func (x *DepartResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_v1_agent_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DepartResponse.ProtoReflect.Descriptor instead.
+func (*DepartResponse) Descriptor() ([]byte, []int) {
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *DepartResponse) GetParcel() *Parcel {
+	if x != nil {
+		return x.Parcel
+	}
+	return nil
+}
+
+func (x *DepartResponse) GetLoad() *Load {
+	if x != nil {
+		return x.Load
+	}
+	return nil
+}
+
+type ReceiveRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Unset for a sandbox that is brought back from the replica of this id, which the node has, or the bucket has.
+	Parcel       *Parcel `protobuf:"bytes,1,opt,name=parcel,proto3" json:"parcel,omitempty"`
+	CheckpointId string  `protobuf:"bytes,2,opt,name=checkpoint_id,json=checkpointId,proto3" json:"checkpoint_id,omitempty"`
+	Peers        []*Peer `protobuf:"bytes,3,rep,name=peers,proto3" json:"peers,omitempty"`
+	Bucket       bool    `protobuf:"varint,4,opt,name=bucket,proto3" json:"bucket,omitempty"`
+	// The sandbox's generation here; higher than any that it had.
+	Generation    int64 `protobuf:"varint,5,opt,name=generation,proto3" json:"generation,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReceiveRequest) Reset() {
+	*x = ReceiveRequest{}
+	mi := &file_agent_v1_agent_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReceiveRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReceiveRequest) ProtoMessage() {}
+
+func (x *ReceiveRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_v1_agent_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReceiveRequest.ProtoReflect.Descriptor instead.
+func (*ReceiveRequest) Descriptor() ([]byte, []int) {
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *ReceiveRequest) GetParcel() *Parcel {
+	if x != nil {
+		return x.Parcel
+	}
+	return nil
+}
+
+func (x *ReceiveRequest) GetCheckpointId() string {
+	if x != nil {
+		return x.CheckpointId
+	}
+	return ""
+}
+
+func (x *ReceiveRequest) GetPeers() []*Peer {
+	if x != nil {
+		return x.Peers
+	}
+	return nil
+}
+
+func (x *ReceiveRequest) GetBucket() bool {
+	if x != nil {
+		return x.Bucket
+	}
+	return false
+}
+
+func (x *ReceiveRequest) GetGeneration() int64 {
+	if x != nil {
+		return x.Generation
+	}
+	return 0
+}
+
+type ReceiveResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Sandbox       *Sandbox               `protobuf:"bytes,1,opt,name=sandbox,proto3" json:"sandbox,omitempty"`
+	Load          *Load                  `protobuf:"bytes,2,opt,name=load,proto3" json:"load,omitempty"`
+	MovedBytes    int64                  `protobuf:"varint,3,opt,name=moved_bytes,json=movedBytes,proto3" json:"moved_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReceiveResponse) Reset() {
+	*x = ReceiveResponse{}
+	mi := &file_agent_v1_agent_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReceiveResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReceiveResponse) ProtoMessage() {}
+
+func (x *ReceiveResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_v1_agent_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReceiveResponse.ProtoReflect.Descriptor instead.
+func (*ReceiveResponse) Descriptor() ([]byte, []int) {
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *ReceiveResponse) GetSandbox() *Sandbox {
+	if x != nil {
+		return x.Sandbox
+	}
+	return nil
+}
+
+func (x *ReceiveResponse) GetLoad() *Load {
+	if x != nil {
+		return x.Load
+	}
+	return nil
+}
+
+func (x *ReceiveResponse) GetMovedBytes() int64 {
+	if x != nil {
+		return x.MovedBytes
+	}
+	return 0
+}
+
+type ArriveRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Generation    int64                  `protobuf:"varint,2,opt,name=generation,proto3" json:"generation,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ArriveRequest) Reset() {
+	*x = ArriveRequest{}
+	mi := &file_agent_v1_agent_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ArriveRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ArriveRequest) ProtoMessage() {}
+
+func (x *ArriveRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_v1_agent_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ArriveRequest.ProtoReflect.Descriptor instead.
+func (*ArriveRequest) Descriptor() ([]byte, []int) {
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *ArriveRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ArriveRequest) GetGeneration() int64 {
+	if x != nil {
+		return x.Generation
+	}
+	return 0
+}
+
+type ArriveResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Sandbox       *Sandbox               `protobuf:"bytes,1,opt,name=sandbox,proto3" json:"sandbox,omitempty"`
+	Load          *Load                  `protobuf:"bytes,2,opt,name=load,proto3" json:"load,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ArriveResponse) Reset() {
+	*x = ArriveResponse{}
+	mi := &file_agent_v1_agent_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ArriveResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ArriveResponse) ProtoMessage() {}
+
+func (x *ArriveResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_v1_agent_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ArriveResponse.ProtoReflect.Descriptor instead.
+func (*ArriveResponse) Descriptor() ([]byte, []int) {
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *ArriveResponse) GetSandbox() *Sandbox {
+	if x != nil {
+		return x.Sandbox
+	}
+	return nil
+}
+
+func (x *ArriveResponse) GetLoad() *Load {
+	if x != nil {
+		return x.Load
+	}
+	return nil
+}
+
+type ReturnRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// Its generation from then on, higher than any that it had; 0 lets the node choose.
+	Generation    int64 `protobuf:"varint,2,opt,name=generation,proto3" json:"generation,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReturnRequest) Reset() {
+	*x = ReturnRequest{}
+	mi := &file_agent_v1_agent_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReturnRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReturnRequest) ProtoMessage() {}
+
+func (x *ReturnRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_v1_agent_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReturnRequest.ProtoReflect.Descriptor instead.
+func (*ReturnRequest) Descriptor() ([]byte, []int) {
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *ReturnRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ReturnRequest) GetGeneration() int64 {
+	if x != nil {
+		return x.Generation
+	}
+	return 0
+}
+
+type ReturnResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Sandbox       *Sandbox               `protobuf:"bytes,1,opt,name=sandbox,proto3" json:"sandbox,omitempty"`
+	Load          *Load                  `protobuf:"bytes,2,opt,name=load,proto3" json:"load,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReturnResponse) Reset() {
+	*x = ReturnResponse{}
+	mi := &file_agent_v1_agent_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReturnResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReturnResponse) ProtoMessage() {}
+
+func (x *ReturnResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_v1_agent_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReturnResponse.ProtoReflect.Descriptor instead.
+func (*ReturnResponse) Descriptor() ([]byte, []int) {
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *ReturnResponse) GetSandbox() *Sandbox {
+	if x != nil {
+		return x.Sandbox
+	}
+	return nil
+}
+
+func (x *ReturnResponse) GetLoad() *Load {
+	if x != nil {
+		return x.Load
+	}
+	return nil
+}
+
+type ForgetRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// Drop the copy only if its generation is below this.
+	Below int64 `protobuf:"varint,2,opt,name=below,proto3" json:"below,omitempty"`
+	// Replica means the checkpoint of this id that is kept of a sandbox of another node.
+	Replica       string `protobuf:"bytes,3,opt,name=replica,proto3" json:"replica,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ForgetRequest) Reset() {
+	*x = ForgetRequest{}
+	mi := &file_agent_v1_agent_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ForgetRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ForgetRequest) ProtoMessage() {}
+
+func (x *ForgetRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_v1_agent_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ForgetRequest.ProtoReflect.Descriptor instead.
+func (*ForgetRequest) Descriptor() ([]byte, []int) {
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *ForgetRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ForgetRequest) GetBelow() int64 {
+	if x != nil {
+		return x.Below
+	}
+	return 0
+}
+
+func (x *ForgetRequest) GetReplica() string {
+	if x != nil {
+		return x.Replica
+	}
+	return ""
+}
+
+type ForgetResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Load          *Load                  `protobuf:"bytes,1,opt,name=load,proto3" json:"load,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ForgetResponse) Reset() {
+	*x = ForgetResponse{}
+	mi := &file_agent_v1_agent_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ForgetResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ForgetResponse) ProtoMessage() {}
+
+func (x *ForgetResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_v1_agent_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ForgetResponse.ProtoReflect.Descriptor instead.
+func (*ForgetResponse) Descriptor() ([]byte, []int) {
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *ForgetResponse) GetLoad() *Load {
+	if x != nil {
+		return x.Load
+	}
+	return nil
+}
+
 // Checkpoint is what a node keeps of one moment of a sandbox.
 type Checkpoint struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -226,7 +1190,7 @@ type Checkpoint struct {
 
 func (x *Checkpoint) Reset() {
 	*x = Checkpoint{}
-	mi := &file_agent_v1_agent_proto_msgTypes[0]
+	mi := &file_agent_v1_agent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -238,7 +1202,7 @@ func (x *Checkpoint) String() string {
 func (*Checkpoint) ProtoMessage() {}
 
 func (x *Checkpoint) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[0]
+	mi := &file_agent_v1_agent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -251,7 +1215,7 @@ func (x *Checkpoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Checkpoint.ProtoReflect.Descriptor instead.
 func (*Checkpoint) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{0}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Checkpoint) GetId() string {
@@ -324,7 +1288,7 @@ type GuestSettings struct {
 
 func (x *GuestSettings) Reset() {
 	*x = GuestSettings{}
-	mi := &file_agent_v1_agent_proto_msgTypes[1]
+	mi := &file_agent_v1_agent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -336,7 +1300,7 @@ func (x *GuestSettings) String() string {
 func (*GuestSettings) ProtoMessage() {}
 
 func (x *GuestSettings) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[1]
+	mi := &file_agent_v1_agent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -349,7 +1313,7 @@ func (x *GuestSettings) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GuestSettings.ProtoReflect.Descriptor instead.
 func (*GuestSettings) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{1}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *GuestSettings) GetEnv() map[string]string {
@@ -377,14 +1341,16 @@ type PauseRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
 	// Unspecified means memory.
-	Kind          CheckpointKind `protobuf:"varint,2,opt,name=kind,proto3,enum=agent.v1.CheckpointKind" json:"kind,omitempty"`
+	Kind CheckpointKind `protobuf:"varint,2,opt,name=kind,proto3,enum=agent.v1.CheckpointKind" json:"kind,omitempty"`
+	// As in SetTimeoutRequest.
+	Generation    int64 `protobuf:"varint,3,opt,name=generation,proto3" json:"generation,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *PauseRequest) Reset() {
 	*x = PauseRequest{}
-	mi := &file_agent_v1_agent_proto_msgTypes[2]
+	mi := &file_agent_v1_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -396,7 +1362,7 @@ func (x *PauseRequest) String() string {
 func (*PauseRequest) ProtoMessage() {}
 
 func (x *PauseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[2]
+	mi := &file_agent_v1_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -409,7 +1375,7 @@ func (x *PauseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PauseRequest.ProtoReflect.Descriptor instead.
 func (*PauseRequest) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{2}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *PauseRequest) GetId() string {
@@ -426,6 +1392,13 @@ func (x *PauseRequest) GetKind() CheckpointKind {
 	return CheckpointKind_CHECKPOINT_KIND_UNSPECIFIED
 }
 
+func (x *PauseRequest) GetGeneration() int64 {
+	if x != nil {
+		return x.Generation
+	}
+	return 0
+}
+
 type PauseResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Sandbox       *Sandbox               `protobuf:"bytes,1,opt,name=sandbox,proto3" json:"sandbox,omitempty"`
@@ -436,7 +1409,7 @@ type PauseResponse struct {
 
 func (x *PauseResponse) Reset() {
 	*x = PauseResponse{}
-	mi := &file_agent_v1_agent_proto_msgTypes[3]
+	mi := &file_agent_v1_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -448,7 +1421,7 @@ func (x *PauseResponse) String() string {
 func (*PauseResponse) ProtoMessage() {}
 
 func (x *PauseResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[3]
+	mi := &file_agent_v1_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -461,7 +1434,7 @@ func (x *PauseResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PauseResponse.ProtoReflect.Descriptor instead.
 func (*PauseResponse) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{3}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *PauseResponse) GetSandbox() *Sandbox {
@@ -495,7 +1468,7 @@ type ResumeRequest struct {
 
 func (x *ResumeRequest) Reset() {
 	*x = ResumeRequest{}
-	mi := &file_agent_v1_agent_proto_msgTypes[4]
+	mi := &file_agent_v1_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -507,7 +1480,7 @@ func (x *ResumeRequest) String() string {
 func (*ResumeRequest) ProtoMessage() {}
 
 func (x *ResumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[4]
+	mi := &file_agent_v1_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -520,7 +1493,7 @@ func (x *ResumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResumeRequest.ProtoReflect.Descriptor instead.
 func (*ResumeRequest) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{4}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ResumeRequest) GetId() string {
@@ -570,7 +1543,7 @@ type ResumeResponse struct {
 
 func (x *ResumeResponse) Reset() {
 	*x = ResumeResponse{}
-	mi := &file_agent_v1_agent_proto_msgTypes[5]
+	mi := &file_agent_v1_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -582,7 +1555,7 @@ func (x *ResumeResponse) String() string {
 func (*ResumeResponse) ProtoMessage() {}
 
 func (x *ResumeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[5]
+	mi := &file_agent_v1_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -595,7 +1568,7 @@ func (x *ResumeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResumeResponse.ProtoReflect.Descriptor instead.
 func (*ResumeResponse) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{5}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ResumeResponse) GetSandbox() *Sandbox {
@@ -630,7 +1603,7 @@ type SnapshotRequest struct {
 
 func (x *SnapshotRequest) Reset() {
 	*x = SnapshotRequest{}
-	mi := &file_agent_v1_agent_proto_msgTypes[6]
+	mi := &file_agent_v1_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -642,7 +1615,7 @@ func (x *SnapshotRequest) String() string {
 func (*SnapshotRequest) ProtoMessage() {}
 
 func (x *SnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[6]
+	mi := &file_agent_v1_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -655,7 +1628,7 @@ func (x *SnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotRequest.ProtoReflect.Descriptor instead.
 func (*SnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{6}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *SnapshotRequest) GetId() string {
@@ -688,7 +1661,7 @@ type SnapshotResponse struct {
 
 func (x *SnapshotResponse) Reset() {
 	*x = SnapshotResponse{}
-	mi := &file_agent_v1_agent_proto_msgTypes[7]
+	mi := &file_agent_v1_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -700,7 +1673,7 @@ func (x *SnapshotResponse) String() string {
 func (*SnapshotResponse) ProtoMessage() {}
 
 func (x *SnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[7]
+	mi := &file_agent_v1_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -713,7 +1686,7 @@ func (x *SnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotResponse.ProtoReflect.Descriptor instead.
 func (*SnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{7}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *SnapshotResponse) GetCheckpoint() *Checkpoint {
@@ -733,7 +1706,7 @@ type RollbackRequest struct {
 
 func (x *RollbackRequest) Reset() {
 	*x = RollbackRequest{}
-	mi := &file_agent_v1_agent_proto_msgTypes[8]
+	mi := &file_agent_v1_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -745,7 +1718,7 @@ func (x *RollbackRequest) String() string {
 func (*RollbackRequest) ProtoMessage() {}
 
 func (x *RollbackRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[8]
+	mi := &file_agent_v1_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -758,7 +1731,7 @@ func (x *RollbackRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RollbackRequest.ProtoReflect.Descriptor instead.
 func (*RollbackRequest) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{8}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *RollbackRequest) GetId() string {
@@ -785,7 +1758,7 @@ type RollbackResponse struct {
 
 func (x *RollbackResponse) Reset() {
 	*x = RollbackResponse{}
-	mi := &file_agent_v1_agent_proto_msgTypes[9]
+	mi := &file_agent_v1_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -797,7 +1770,7 @@ func (x *RollbackResponse) String() string {
 func (*RollbackResponse) ProtoMessage() {}
 
 func (x *RollbackResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[9]
+	mi := &file_agent_v1_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -810,7 +1783,7 @@ func (x *RollbackResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RollbackResponse.ProtoReflect.Descriptor instead.
 func (*RollbackResponse) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{9}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *RollbackResponse) GetSandbox() *Sandbox {
@@ -836,7 +1809,7 @@ type RemoveCheckpointRequest struct {
 
 func (x *RemoveCheckpointRequest) Reset() {
 	*x = RemoveCheckpointRequest{}
-	mi := &file_agent_v1_agent_proto_msgTypes[10]
+	mi := &file_agent_v1_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -848,7 +1821,7 @@ func (x *RemoveCheckpointRequest) String() string {
 func (*RemoveCheckpointRequest) ProtoMessage() {}
 
 func (x *RemoveCheckpointRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[10]
+	mi := &file_agent_v1_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -861,7 +1834,7 @@ func (x *RemoveCheckpointRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveCheckpointRequest.ProtoReflect.Descriptor instead.
 func (*RemoveCheckpointRequest) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{10}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *RemoveCheckpointRequest) GetCheckpointId() string {
@@ -879,7 +1852,7 @@ type RemoveCheckpointResponse struct {
 
 func (x *RemoveCheckpointResponse) Reset() {
 	*x = RemoveCheckpointResponse{}
-	mi := &file_agent_v1_agent_proto_msgTypes[11]
+	mi := &file_agent_v1_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -891,7 +1864,7 @@ func (x *RemoveCheckpointResponse) String() string {
 func (*RemoveCheckpointResponse) ProtoMessage() {}
 
 func (x *RemoveCheckpointResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[11]
+	mi := &file_agent_v1_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -904,7 +1877,7 @@ func (x *RemoveCheckpointResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveCheckpointResponse.ProtoReflect.Descriptor instead.
 func (*RemoveCheckpointResponse) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{11}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{27}
 }
 
 type CancelBuildRequest struct {
@@ -916,7 +1889,7 @@ type CancelBuildRequest struct {
 
 func (x *CancelBuildRequest) Reset() {
 	*x = CancelBuildRequest{}
-	mi := &file_agent_v1_agent_proto_msgTypes[12]
+	mi := &file_agent_v1_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -928,7 +1901,7 @@ func (x *CancelBuildRequest) String() string {
 func (*CancelBuildRequest) ProtoMessage() {}
 
 func (x *CancelBuildRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[12]
+	mi := &file_agent_v1_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -941,7 +1914,7 @@ func (x *CancelBuildRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelBuildRequest.ProtoReflect.Descriptor instead.
 func (*CancelBuildRequest) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{12}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *CancelBuildRequest) GetBuildId() string {
@@ -959,7 +1932,7 @@ type CancelBuildResponse struct {
 
 func (x *CancelBuildResponse) Reset() {
 	*x = CancelBuildResponse{}
-	mi := &file_agent_v1_agent_proto_msgTypes[13]
+	mi := &file_agent_v1_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -971,7 +1944,7 @@ func (x *CancelBuildResponse) String() string {
 func (*CancelBuildResponse) ProtoMessage() {}
 
 func (x *CancelBuildResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[13]
+	mi := &file_agent_v1_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -984,7 +1957,7 @@ func (x *CancelBuildResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelBuildResponse.ProtoReflect.Descriptor instead.
 func (*CancelBuildResponse) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{13}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{29}
 }
 
 type PutFileRequest struct {
@@ -1002,7 +1975,7 @@ type PutFileRequest struct {
 
 func (x *PutFileRequest) Reset() {
 	*x = PutFileRequest{}
-	mi := &file_agent_v1_agent_proto_msgTypes[14]
+	mi := &file_agent_v1_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1014,7 +1987,7 @@ func (x *PutFileRequest) String() string {
 func (*PutFileRequest) ProtoMessage() {}
 
 func (x *PutFileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[14]
+	mi := &file_agent_v1_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1027,7 +2000,7 @@ func (x *PutFileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PutFileRequest.ProtoReflect.Descriptor instead.
 func (*PutFileRequest) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{14}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *PutFileRequest) GetHash() string {
@@ -1069,7 +2042,7 @@ type PutFileResponse struct {
 
 func (x *PutFileResponse) Reset() {
 	*x = PutFileResponse{}
-	mi := &file_agent_v1_agent_proto_msgTypes[15]
+	mi := &file_agent_v1_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1081,7 +2054,7 @@ func (x *PutFileResponse) String() string {
 func (*PutFileResponse) ProtoMessage() {}
 
 func (x *PutFileResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[15]
+	mi := &file_agent_v1_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1094,7 +2067,7 @@ func (x *PutFileResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PutFileResponse.ProtoReflect.Descriptor instead.
 func (*PutFileResponse) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{15}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *PutFileResponse) GetBytes() int64 {
@@ -1131,7 +2104,7 @@ type PushRequest struct {
 
 func (x *PushRequest) Reset() {
 	*x = PushRequest{}
-	mi := &file_agent_v1_agent_proto_msgTypes[16]
+	mi := &file_agent_v1_agent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1143,7 +2116,7 @@ func (x *PushRequest) String() string {
 func (*PushRequest) ProtoMessage() {}
 
 func (x *PushRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[16]
+	mi := &file_agent_v1_agent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1156,7 +2129,7 @@ func (x *PushRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PushRequest.ProtoReflect.Descriptor instead.
 func (*PushRequest) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{16}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *PushRequest) GetBuildId() string {
@@ -1237,7 +2210,7 @@ type PushResponse struct {
 
 func (x *PushResponse) Reset() {
 	*x = PushResponse{}
-	mi := &file_agent_v1_agent_proto_msgTypes[17]
+	mi := &file_agent_v1_agent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1249,7 +2222,7 @@ func (x *PushResponse) String() string {
 func (*PushResponse) ProtoMessage() {}
 
 func (x *PushResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[17]
+	mi := &file_agent_v1_agent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1262,7 +2235,7 @@ func (x *PushResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PushResponse.ProtoReflect.Descriptor instead.
 func (*PushResponse) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{17}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{33}
 }
 
 type Resources struct {
@@ -1276,7 +2249,7 @@ type Resources struct {
 
 func (x *Resources) Reset() {
 	*x = Resources{}
-	mi := &file_agent_v1_agent_proto_msgTypes[18]
+	mi := &file_agent_v1_agent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1288,7 +2261,7 @@ func (x *Resources) String() string {
 func (*Resources) ProtoMessage() {}
 
 func (x *Resources) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[18]
+	mi := &file_agent_v1_agent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1301,7 +2274,7 @@ func (x *Resources) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Resources.ProtoReflect.Descriptor instead.
 func (*Resources) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{18}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *Resources) GetMilliCpu() int64 {
@@ -1351,16 +2324,26 @@ type Sandbox struct {
 	// What the pause at its end keeps.
 	AutoPauseKind CheckpointKind `protobuf:"varint,17,opt,name=auto_pause_kind,json=autoPauseKind,proto3,enum=agent.v1.CheckpointKind" json:"auto_pause_kind,omitempty"`
 	// Of a paused one: since when, what was kept, and what it occupies on the disk.
-	PausedAt      *timestamppb.Timestamp `protobuf:"bytes,18,opt,name=paused_at,json=pausedAt,proto3" json:"paused_at,omitempty"`
-	PausedKind    CheckpointKind         `protobuf:"varint,19,opt,name=paused_kind,json=pausedKind,proto3,enum=agent.v1.CheckpointKind" json:"paused_kind,omitempty"`
-	PausedBytes   int64                  `protobuf:"varint,20,opt,name=paused_bytes,json=pausedBytes,proto3" json:"paused_bytes,omitempty"`
+	PausedAt    *timestamppb.Timestamp `protobuf:"bytes,18,opt,name=paused_at,json=pausedAt,proto3" json:"paused_at,omitempty"`
+	PausedKind  CheckpointKind         `protobuf:"varint,19,opt,name=paused_kind,json=pausedKind,proto3,enum=agent.v1.CheckpointKind" json:"paused_kind,omitempty"`
+	PausedBytes int64                  `protobuf:"varint,20,opt,name=paused_bytes,json=pausedBytes,proto3" json:"paused_bytes,omitempty"`
+	// The checkpoint that it is paused or migrating in.
+	CheckpointId string `protobuf:"bytes,21,opt,name=checkpoint_id,json=checkpointId,proto3" json:"checkpoint_id,omitempty"`
+	ImageDigest  string `protobuf:"bytes,22,opt,name=image_digest,json=imageDigest,proto3" json:"image_digest,omitempty"`
+	// Of a migrating one: it was received, and does not count here before it arrives.
+	Received bool `protobuf:"varint,23,opt,name=received,proto3" json:"received,omitempty"`
+	// Traffic resumes it while it is paused, for so long as the last timeout that it was given.
+	AutoResume bool                 `protobuf:"varint,24,opt,name=auto_resume,json=autoResume,proto3" json:"auto_resume,omitempty"`
+	Timeout    *durationpb.Duration `protobuf:"bytes,25,opt,name=timeout,proto3" json:"timeout,omitempty"`
+	// Its end moves with its use.
+	IdleTimeout   bool `protobuf:"varint,26,opt,name=idle_timeout,json=idleTimeout,proto3" json:"idle_timeout,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Sandbox) Reset() {
 	*x = Sandbox{}
-	mi := &file_agent_v1_agent_proto_msgTypes[19]
+	mi := &file_agent_v1_agent_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1372,7 +2355,7 @@ func (x *Sandbox) String() string {
 func (*Sandbox) ProtoMessage() {}
 
 func (x *Sandbox) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[19]
+	mi := &file_agent_v1_agent_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1385,7 +2368,7 @@ func (x *Sandbox) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Sandbox.ProtoReflect.Descriptor instead.
 func (*Sandbox) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{19}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *Sandbox) GetId() string {
@@ -1528,6 +2511,48 @@ func (x *Sandbox) GetPausedBytes() int64 {
 	return 0
 }
 
+func (x *Sandbox) GetCheckpointId() string {
+	if x != nil {
+		return x.CheckpointId
+	}
+	return ""
+}
+
+func (x *Sandbox) GetImageDigest() string {
+	if x != nil {
+		return x.ImageDigest
+	}
+	return ""
+}
+
+func (x *Sandbox) GetReceived() bool {
+	if x != nil {
+		return x.Received
+	}
+	return false
+}
+
+func (x *Sandbox) GetAutoResume() bool {
+	if x != nil {
+		return x.AutoResume
+	}
+	return false
+}
+
+func (x *Sandbox) GetTimeout() *durationpb.Duration {
+	if x != nil {
+		return x.Timeout
+	}
+	return nil
+}
+
+func (x *Sandbox) GetIdleTimeout() bool {
+	if x != nil {
+		return x.IdleTimeout
+	}
+	return false
+}
+
 type CreateRequest struct {
 	state        protoimpl.MessageState `protogen:"open.v1"`
 	TemplateId   string                 `protobuf:"bytes,1,opt,name=template_id,json=templateId,proto3" json:"template_id,omitempty"`
@@ -1550,13 +2575,20 @@ type CreateRequest struct {
 	Guest         *GuestSettings `protobuf:"bytes,13,opt,name=guest,proto3" json:"guest,omitempty"`
 	AutoPause     bool           `protobuf:"varint,14,opt,name=auto_pause,json=autoPause,proto3" json:"auto_pause,omitempty"`
 	AutoPauseKind CheckpointKind `protobuf:"varint,15,opt,name=auto_pause_kind,json=autoPauseKind,proto3,enum=agent.v1.CheckpointKind" json:"auto_pause_kind,omitempty"`
+	// Where the node can get the image, and the checkpoint, that it lacks.
+	Peers  []*Peer `protobuf:"bytes,16,rep,name=peers,proto3" json:"peers,omitempty"`
+	Bucket bool    `protobuf:"varint,17,opt,name=bucket,proto3" json:"bucket,omitempty"`
+	// Traffic resumes it while it is paused.
+	AutoResume bool `protobuf:"varint,18,opt,name=auto_resume,json=autoResume,proto3" json:"auto_resume,omitempty"`
+	// Its end moves with its use: it comes so long after the last.
+	IdleTimeout   bool `protobuf:"varint,19,opt,name=idle_timeout,json=idleTimeout,proto3" json:"idle_timeout,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *CreateRequest) Reset() {
 	*x = CreateRequest{}
-	mi := &file_agent_v1_agent_proto_msgTypes[20]
+	mi := &file_agent_v1_agent_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1568,7 +2600,7 @@ func (x *CreateRequest) String() string {
 func (*CreateRequest) ProtoMessage() {}
 
 func (x *CreateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[20]
+	mi := &file_agent_v1_agent_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1581,7 +2613,7 @@ func (x *CreateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateRequest.ProtoReflect.Descriptor instead.
 func (*CreateRequest) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{20}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *CreateRequest) GetTemplateId() string {
@@ -1689,6 +2721,34 @@ func (x *CreateRequest) GetAutoPauseKind() CheckpointKind {
 	return CheckpointKind_CHECKPOINT_KIND_UNSPECIFIED
 }
 
+func (x *CreateRequest) GetPeers() []*Peer {
+	if x != nil {
+		return x.Peers
+	}
+	return nil
+}
+
+func (x *CreateRequest) GetBucket() bool {
+	if x != nil {
+		return x.Bucket
+	}
+	return false
+}
+
+func (x *CreateRequest) GetAutoResume() bool {
+	if x != nil {
+		return x.AutoResume
+	}
+	return false
+}
+
+func (x *CreateRequest) GetIdleTimeout() bool {
+	if x != nil {
+		return x.IdleTimeout
+	}
+	return false
+}
+
 type CreateResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Sandbox       *Sandbox               `protobuf:"bytes,1,opt,name=sandbox,proto3" json:"sandbox,omitempty"`
@@ -1699,7 +2759,7 @@ type CreateResponse struct {
 
 func (x *CreateResponse) Reset() {
 	*x = CreateResponse{}
-	mi := &file_agent_v1_agent_proto_msgTypes[21]
+	mi := &file_agent_v1_agent_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1711,7 +2771,7 @@ func (x *CreateResponse) String() string {
 func (*CreateResponse) ProtoMessage() {}
 
 func (x *CreateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[21]
+	mi := &file_agent_v1_agent_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1724,7 +2784,7 @@ func (x *CreateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateResponse.ProtoReflect.Descriptor instead.
 func (*CreateResponse) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{21}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *CreateResponse) GetSandbox() *Sandbox {
@@ -1750,7 +2810,7 @@ type GetRequest struct {
 
 func (x *GetRequest) Reset() {
 	*x = GetRequest{}
-	mi := &file_agent_v1_agent_proto_msgTypes[22]
+	mi := &file_agent_v1_agent_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1762,7 +2822,7 @@ func (x *GetRequest) String() string {
 func (*GetRequest) ProtoMessage() {}
 
 func (x *GetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[22]
+	mi := &file_agent_v1_agent_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1775,7 +2835,7 @@ func (x *GetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetRequest.ProtoReflect.Descriptor instead.
 func (*GetRequest) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{22}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *GetRequest) GetId() string {
@@ -1794,7 +2854,7 @@ type GetResponse struct {
 
 func (x *GetResponse) Reset() {
 	*x = GetResponse{}
-	mi := &file_agent_v1_agent_proto_msgTypes[23]
+	mi := &file_agent_v1_agent_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1806,7 +2866,7 @@ func (x *GetResponse) String() string {
 func (*GetResponse) ProtoMessage() {}
 
 func (x *GetResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[23]
+	mi := &file_agent_v1_agent_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1819,7 +2879,7 @@ func (x *GetResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetResponse.ProtoReflect.Descriptor instead.
 func (*GetResponse) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{23}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *GetResponse) GetSandbox() *Sandbox {
@@ -1830,16 +2890,18 @@ func (x *GetResponse) GetSandbox() *Sandbox {
 }
 
 type KillRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	Reason        string                 `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Id     string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Reason string                 `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	// As in SetTimeoutRequest.
+	Generation    int64 `protobuf:"varint,3,opt,name=generation,proto3" json:"generation,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *KillRequest) Reset() {
 	*x = KillRequest{}
-	mi := &file_agent_v1_agent_proto_msgTypes[24]
+	mi := &file_agent_v1_agent_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1851,7 +2913,7 @@ func (x *KillRequest) String() string {
 func (*KillRequest) ProtoMessage() {}
 
 func (x *KillRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[24]
+	mi := &file_agent_v1_agent_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1864,7 +2926,7 @@ func (x *KillRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KillRequest.ProtoReflect.Descriptor instead.
 func (*KillRequest) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{24}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *KillRequest) GetId() string {
@@ -1881,6 +2943,13 @@ func (x *KillRequest) GetReason() string {
 	return ""
 }
 
+func (x *KillRequest) GetGeneration() int64 {
+	if x != nil {
+		return x.Generation
+	}
+	return 0
+}
+
 type KillResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -1889,7 +2958,7 @@ type KillResponse struct {
 
 func (x *KillResponse) Reset() {
 	*x = KillResponse{}
-	mi := &file_agent_v1_agent_proto_msgTypes[25]
+	mi := &file_agent_v1_agent_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1901,7 +2970,7 @@ func (x *KillResponse) String() string {
 func (*KillResponse) ProtoMessage() {}
 
 func (x *KillResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[25]
+	mi := &file_agent_v1_agent_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1914,7 +2983,7 @@ func (x *KillResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KillResponse.ProtoReflect.Descriptor instead.
 func (*KillResponse) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{25}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{41}
 }
 
 type SetTimeoutRequest struct {
@@ -1923,14 +2992,16 @@ type SetTimeoutRequest struct {
 	// From now. Zero ends the sandbox at once; unset means never.
 	Timeout *durationpb.Duration `protobuf:"bytes,2,opt,name=timeout,proto3" json:"timeout,omitempty"`
 	// Only ever move the end later.
-	ExtendOnly    bool `protobuf:"varint,3,opt,name=extend_only,json=extendOnly,proto3" json:"extend_only,omitempty"`
+	ExtendOnly bool `protobuf:"varint,3,opt,name=extend_only,json=extendOnly,proto3" json:"extend_only,omitempty"`
+	// Where it is above 0, only a sandbox of this generation is meant; any other is FAILED_PRECONDITION.
+	Generation    int64 `protobuf:"varint,4,opt,name=generation,proto3" json:"generation,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *SetTimeoutRequest) Reset() {
 	*x = SetTimeoutRequest{}
-	mi := &file_agent_v1_agent_proto_msgTypes[26]
+	mi := &file_agent_v1_agent_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1942,7 +3013,7 @@ func (x *SetTimeoutRequest) String() string {
 func (*SetTimeoutRequest) ProtoMessage() {}
 
 func (x *SetTimeoutRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[26]
+	mi := &file_agent_v1_agent_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1955,7 +3026,7 @@ func (x *SetTimeoutRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetTimeoutRequest.ProtoReflect.Descriptor instead.
 func (*SetTimeoutRequest) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{26}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *SetTimeoutRequest) GetId() string {
@@ -1979,6 +3050,13 @@ func (x *SetTimeoutRequest) GetExtendOnly() bool {
 	return false
 }
 
+func (x *SetTimeoutRequest) GetGeneration() int64 {
+	if x != nil {
+		return x.Generation
+	}
+	return 0
+}
+
 type SetTimeoutResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Sandbox       *Sandbox               `protobuf:"bytes,1,opt,name=sandbox,proto3" json:"sandbox,omitempty"`
@@ -1988,7 +3066,7 @@ type SetTimeoutResponse struct {
 
 func (x *SetTimeoutResponse) Reset() {
 	*x = SetTimeoutResponse{}
-	mi := &file_agent_v1_agent_proto_msgTypes[27]
+	mi := &file_agent_v1_agent_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2000,7 +3078,7 @@ func (x *SetTimeoutResponse) String() string {
 func (*SetTimeoutResponse) ProtoMessage() {}
 
 func (x *SetTimeoutResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[27]
+	mi := &file_agent_v1_agent_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2013,7 +3091,7 @@ func (x *SetTimeoutResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetTimeoutResponse.ProtoReflect.Descriptor instead.
 func (*SetTimeoutResponse) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{27}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *SetTimeoutResponse) GetSandbox() *Sandbox {
@@ -2034,7 +3112,7 @@ type MetricsRequest struct {
 
 func (x *MetricsRequest) Reset() {
 	*x = MetricsRequest{}
-	mi := &file_agent_v1_agent_proto_msgTypes[28]
+	mi := &file_agent_v1_agent_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2046,7 +3124,7 @@ func (x *MetricsRequest) String() string {
 func (*MetricsRequest) ProtoMessage() {}
 
 func (x *MetricsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[28]
+	mi := &file_agent_v1_agent_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2059,7 +3137,7 @@ func (x *MetricsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MetricsRequest.ProtoReflect.Descriptor instead.
 func (*MetricsRequest) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{28}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *MetricsRequest) GetId() string {
@@ -2100,7 +3178,7 @@ type MetricSample struct {
 
 func (x *MetricSample) Reset() {
 	*x = MetricSample{}
-	mi := &file_agent_v1_agent_proto_msgTypes[29]
+	mi := &file_agent_v1_agent_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2112,7 +3190,7 @@ func (x *MetricSample) String() string {
 func (*MetricSample) ProtoMessage() {}
 
 func (x *MetricSample) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[29]
+	mi := &file_agent_v1_agent_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2125,7 +3203,7 @@ func (x *MetricSample) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MetricSample.ProtoReflect.Descriptor instead.
 func (*MetricSample) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{29}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *MetricSample) GetTime() *timestamppb.Timestamp {
@@ -2193,7 +3271,7 @@ type MetricsResponse struct {
 
 func (x *MetricsResponse) Reset() {
 	*x = MetricsResponse{}
-	mi := &file_agent_v1_agent_proto_msgTypes[30]
+	mi := &file_agent_v1_agent_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2205,7 +3283,7 @@ func (x *MetricsResponse) String() string {
 func (*MetricsResponse) ProtoMessage() {}
 
 func (x *MetricsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[30]
+	mi := &file_agent_v1_agent_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2218,7 +3296,7 @@ func (x *MetricsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MetricsResponse.ProtoReflect.Descriptor instead.
 func (*MetricsResponse) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{30}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *MetricsResponse) GetSamples() []*MetricSample {
@@ -2239,7 +3317,7 @@ type LogsRequest struct {
 
 func (x *LogsRequest) Reset() {
 	*x = LogsRequest{}
-	mi := &file_agent_v1_agent_proto_msgTypes[31]
+	mi := &file_agent_v1_agent_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2251,7 +3329,7 @@ func (x *LogsRequest) String() string {
 func (*LogsRequest) ProtoMessage() {}
 
 func (x *LogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[31]
+	mi := &file_agent_v1_agent_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2264,7 +3342,7 @@ func (x *LogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsRequest.ProtoReflect.Descriptor instead.
 func (*LogsRequest) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{31}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *LogsRequest) GetId() string {
@@ -2302,7 +3380,7 @@ type LogEntry struct {
 
 func (x *LogEntry) Reset() {
 	*x = LogEntry{}
-	mi := &file_agent_v1_agent_proto_msgTypes[32]
+	mi := &file_agent_v1_agent_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2314,7 +3392,7 @@ func (x *LogEntry) String() string {
 func (*LogEntry) ProtoMessage() {}
 
 func (x *LogEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[32]
+	mi := &file_agent_v1_agent_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2327,7 +3405,7 @@ func (x *LogEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogEntry.ProtoReflect.Descriptor instead.
 func (*LogEntry) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{32}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *LogEntry) GetTime() *timestamppb.Timestamp {
@@ -2374,7 +3452,7 @@ type LogsResponse struct {
 
 func (x *LogsResponse) Reset() {
 	*x = LogsResponse{}
-	mi := &file_agent_v1_agent_proto_msgTypes[33]
+	mi := &file_agent_v1_agent_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2386,7 +3464,7 @@ func (x *LogsResponse) String() string {
 func (*LogsResponse) ProtoMessage() {}
 
 func (x *LogsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[33]
+	mi := &file_agent_v1_agent_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2399,7 +3477,7 @@ func (x *LogsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsResponse.ProtoReflect.Descriptor instead.
 func (*LogsResponse) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{33}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *LogsResponse) GetEntries() []*LogEntry {
@@ -2439,7 +3517,7 @@ type BuildRequest struct {
 
 func (x *BuildRequest) Reset() {
 	*x = BuildRequest{}
-	mi := &file_agent_v1_agent_proto_msgTypes[34]
+	mi := &file_agent_v1_agent_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2451,7 +3529,7 @@ func (x *BuildRequest) String() string {
 func (*BuildRequest) ProtoMessage() {}
 
 func (x *BuildRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[34]
+	mi := &file_agent_v1_agent_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2464,7 +3542,7 @@ func (x *BuildRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildRequest.ProtoReflect.Descriptor instead.
 func (*BuildRequest) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{34}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *BuildRequest) GetTemplateId() string {
@@ -2572,7 +3650,7 @@ type BuildStep struct {
 
 func (x *BuildStep) Reset() {
 	*x = BuildStep{}
-	mi := &file_agent_v1_agent_proto_msgTypes[35]
+	mi := &file_agent_v1_agent_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2584,7 +3662,7 @@ func (x *BuildStep) String() string {
 func (*BuildStep) ProtoMessage() {}
 
 func (x *BuildStep) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[35]
+	mi := &file_agent_v1_agent_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2597,7 +3675,7 @@ func (x *BuildStep) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildStep.ProtoReflect.Descriptor instead.
 func (*BuildStep) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{35}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *BuildStep) GetType() string {
@@ -2637,7 +3715,7 @@ type BuildResponse struct {
 
 func (x *BuildResponse) Reset() {
 	*x = BuildResponse{}
-	mi := &file_agent_v1_agent_proto_msgTypes[36]
+	mi := &file_agent_v1_agent_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2649,7 +3727,7 @@ func (x *BuildResponse) String() string {
 func (*BuildResponse) ProtoMessage() {}
 
 func (x *BuildResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[36]
+	mi := &file_agent_v1_agent_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2662,7 +3740,7 @@ func (x *BuildResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildResponse.ProtoReflect.Descriptor instead.
 func (*BuildResponse) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{36}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *BuildResponse) GetBuildId() string {
@@ -2685,7 +3763,7 @@ type GetBuildRequest struct {
 
 func (x *GetBuildRequest) Reset() {
 	*x = GetBuildRequest{}
-	mi := &file_agent_v1_agent_proto_msgTypes[37]
+	mi := &file_agent_v1_agent_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2697,7 +3775,7 @@ func (x *GetBuildRequest) String() string {
 func (*GetBuildRequest) ProtoMessage() {}
 
 func (x *GetBuildRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[37]
+	mi := &file_agent_v1_agent_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2710,7 +3788,7 @@ func (x *GetBuildRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBuildRequest.ProtoReflect.Descriptor instead.
 func (*GetBuildRequest) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{37}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *GetBuildRequest) GetBuildId() string {
@@ -2772,7 +3850,7 @@ type GetBuildResponse struct {
 
 func (x *GetBuildResponse) Reset() {
 	*x = GetBuildResponse{}
-	mi := &file_agent_v1_agent_proto_msgTypes[38]
+	mi := &file_agent_v1_agent_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2784,7 +3862,7 @@ func (x *GetBuildResponse) String() string {
 func (*GetBuildResponse) ProtoMessage() {}
 
 func (x *GetBuildResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[38]
+	mi := &file_agent_v1_agent_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2797,7 +3875,7 @@ func (x *GetBuildResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBuildResponse.ProtoReflect.Descriptor instead.
 func (*GetBuildResponse) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{38}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *GetBuildResponse) GetState() BuildState {
@@ -2915,7 +3993,7 @@ type RemoveTemplateRequest struct {
 
 func (x *RemoveTemplateRequest) Reset() {
 	*x = RemoveTemplateRequest{}
-	mi := &file_agent_v1_agent_proto_msgTypes[39]
+	mi := &file_agent_v1_agent_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2927,7 +4005,7 @@ func (x *RemoveTemplateRequest) String() string {
 func (*RemoveTemplateRequest) ProtoMessage() {}
 
 func (x *RemoveTemplateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[39]
+	mi := &file_agent_v1_agent_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2940,7 +4018,7 @@ func (x *RemoveTemplateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveTemplateRequest.ProtoReflect.Descriptor instead.
 func (*RemoveTemplateRequest) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{39}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *RemoveTemplateRequest) GetTemplateId() string {
@@ -2965,7 +4043,7 @@ type RemoveTemplateResponse struct {
 
 func (x *RemoveTemplateResponse) Reset() {
 	*x = RemoveTemplateResponse{}
-	mi := &file_agent_v1_agent_proto_msgTypes[40]
+	mi := &file_agent_v1_agent_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2977,7 +4055,7 @@ func (x *RemoveTemplateResponse) String() string {
 func (*RemoveTemplateResponse) ProtoMessage() {}
 
 func (x *RemoveTemplateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[40]
+	mi := &file_agent_v1_agent_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2990,23 +4068,27 @@ func (x *RemoveTemplateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveTemplateResponse.ProtoReflect.Descriptor instead.
 func (*RemoveTemplateResponse) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{40}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{56}
 }
 
 type Load struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Capacity      *Resources             `protobuf:"bytes,1,opt,name=capacity,proto3" json:"capacity,omitempty"`
-	Allocated     *Resources             `protobuf:"bytes,2,opt,name=allocated,proto3" json:"allocated,omitempty"`
-	Sandboxes     int32                  `protobuf:"varint,3,opt,name=sandboxes,proto3" json:"sandboxes,omitempty"`
-	Creating      int32                  `protobuf:"varint,4,opt,name=creating,proto3" json:"creating,omitempty"`
-	Warm          int32                  `protobuf:"varint,5,opt,name=warm,proto3" json:"warm,omitempty"`
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Capacity  *Resources             `protobuf:"bytes,1,opt,name=capacity,proto3" json:"capacity,omitempty"`
+	Allocated *Resources             `protobuf:"bytes,2,opt,name=allocated,proto3" json:"allocated,omitempty"`
+	Sandboxes int32                  `protobuf:"varint,3,opt,name=sandboxes,proto3" json:"sandboxes,omitempty"`
+	Creating  int32                  `protobuf:"varint,4,opt,name=creating,proto3" json:"creating,omitempty"`
+	Warm      int32                  `protobuf:"varint,5,opt,name=warm,proto3" json:"warm,omitempty"`
+	// How much of the machine is in use, 0 to 1, whoever uses it.
+	UsedCpu       float64 `protobuf:"fixed64,6,opt,name=used_cpu,json=usedCpu,proto3" json:"used_cpu,omitempty"`
+	UsedMemory    float64 `protobuf:"fixed64,7,opt,name=used_memory,json=usedMemory,proto3" json:"used_memory,omitempty"`
+	UsedDisk      float64 `protobuf:"fixed64,8,opt,name=used_disk,json=usedDisk,proto3" json:"used_disk,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Load) Reset() {
 	*x = Load{}
-	mi := &file_agent_v1_agent_proto_msgTypes[41]
+	mi := &file_agent_v1_agent_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3018,7 +4100,7 @@ func (x *Load) String() string {
 func (*Load) ProtoMessage() {}
 
 func (x *Load) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[41]
+	mi := &file_agent_v1_agent_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3031,7 +4113,7 @@ func (x *Load) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Load.ProtoReflect.Descriptor instead.
 func (*Load) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{41}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *Load) GetCapacity() *Resources {
@@ -3069,11 +4151,108 @@ func (x *Load) GetWarm() int32 {
 	return 0
 }
 
+func (x *Load) GetUsedCpu() float64 {
+	if x != nil {
+		return x.UsedCpu
+	}
+	return 0
+}
+
+func (x *Load) GetUsedMemory() float64 {
+	if x != nil {
+		return x.UsedMemory
+	}
+	return 0
+}
+
+func (x *Load) GetUsedDisk() float64 {
+	if x != nil {
+		return x.UsedDisk
+	}
+	return 0
+}
+
 var File_agent_v1_agent_proto protoreflect.FileDescriptor
 
 const file_agent_v1_agent_proto_rawDesc = "" +
 	"\n" +
-	"\x14agent/v1/agent.proto\x12\bagent.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xbf\x02\n" +
+	"\x14agent/v1/agent.proto\x12\bagent.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"9\n" +
+	"\x04Peer\x12\x17\n" +
+	"\anode_id\x18\x01 \x01(\tR\x06nodeId\x12\x18\n" +
+	"\aaddress\x18\x02 \x01(\tR\aaddress\"\xf8\x01\n" +
+	"\fFetchRequest\x12!\n" +
+	"\fimage_digest\x18\x01 \x01(\tR\vimageDigest\x12#\n" +
+	"\rcheckpoint_id\x18\x02 \x01(\tR\fcheckpointId\x12$\n" +
+	"\x05peers\x18\x03 \x03(\v2\x0e.agent.v1.PeerR\x05peers\x12\x16\n" +
+	"\x06bucket\x18\x04 \x01(\bR\x06bucket\x12\x1f\n" +
+	"\vtemplate_id\x18\x05 \x01(\tR\n" +
+	"templateId\x12'\n" +
+	"\x04warm\x18\x06 \x01(\v2\x13.agent.v1.ResourcesR\x04warm\x12\x18\n" +
+	"\areplica\x18\a \x01(\bR\areplica\"f\n" +
+	"\rFetchResponse\x12\x1f\n" +
+	"\vmoved_bytes\x18\x01 \x01(\x03R\n" +
+	"movedBytes\x124\n" +
+	"\n" +
+	"checkpoint\x18\x02 \x01(\v2\x14.agent.v1.CheckpointR\n" +
+	"checkpoint\"3\n" +
+	"\fStoreRequest\x12#\n" +
+	"\rcheckpoint_id\x18\x01 \x01(\tR\fcheckpointId\"0\n" +
+	"\rStoreResponse\x12\x1f\n" +
+	"\vmoved_bytes\x18\x01 \x01(\x03R\n" +
+	"movedBytes\"\xb3\x02\n" +
+	"\x06Parcel\x12+\n" +
+	"\asandbox\x18\x01 \x01(\v2\x11.agent.v1.SandboxR\asandbox\x12!\n" +
+	"\fimage_digest\x18\x02 \x01(\tR\vimageDigest\x124\n" +
+	"\n" +
+	"checkpoint\x18\x03 \x01(\v2\x14.agent.v1.CheckpointR\n" +
+	"checkpoint\x12-\n" +
+	"\x05guest\x18\x04 \x01(\v2\x17.agent.v1.GuestSettingsR\x05guest\x12\x19\n" +
+	"\btoken_of\x18\x05 \x01(\tR\atokenOf\x12'\n" +
+	"\x0fidempotency_key\x18\x06 \x01(\tR\x0eidempotencyKey\x12\x16\n" +
+	"\x06source\x18\a \x01(\tR\x06source\x12\x18\n" +
+	"\arunning\x18\b \x01(\bR\arunning\"\x87\x01\n" +
+	"\rDepartRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12/\n" +
+	"\x05grace\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x05grace\x125\n" +
+	"\bdeadline\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\bdeadline\"^\n" +
+	"\x0eDepartResponse\x12(\n" +
+	"\x06parcel\x18\x01 \x01(\v2\x10.agent.v1.ParcelR\x06parcel\x12\"\n" +
+	"\x04load\x18\x02 \x01(\v2\x0e.agent.v1.LoadR\x04load\"\xbd\x01\n" +
+	"\x0eReceiveRequest\x12(\n" +
+	"\x06parcel\x18\x01 \x01(\v2\x10.agent.v1.ParcelR\x06parcel\x12#\n" +
+	"\rcheckpoint_id\x18\x02 \x01(\tR\fcheckpointId\x12$\n" +
+	"\x05peers\x18\x03 \x03(\v2\x0e.agent.v1.PeerR\x05peers\x12\x16\n" +
+	"\x06bucket\x18\x04 \x01(\bR\x06bucket\x12\x1e\n" +
+	"\n" +
+	"generation\x18\x05 \x01(\x03R\n" +
+	"generation\"\x83\x01\n" +
+	"\x0fReceiveResponse\x12+\n" +
+	"\asandbox\x18\x01 \x01(\v2\x11.agent.v1.SandboxR\asandbox\x12\"\n" +
+	"\x04load\x18\x02 \x01(\v2\x0e.agent.v1.LoadR\x04load\x12\x1f\n" +
+	"\vmoved_bytes\x18\x03 \x01(\x03R\n" +
+	"movedBytes\"?\n" +
+	"\rArriveRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1e\n" +
+	"\n" +
+	"generation\x18\x02 \x01(\x03R\n" +
+	"generation\"a\n" +
+	"\x0eArriveResponse\x12+\n" +
+	"\asandbox\x18\x01 \x01(\v2\x11.agent.v1.SandboxR\asandbox\x12\"\n" +
+	"\x04load\x18\x02 \x01(\v2\x0e.agent.v1.LoadR\x04load\"?\n" +
+	"\rReturnRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1e\n" +
+	"\n" +
+	"generation\x18\x02 \x01(\x03R\n" +
+	"generation\"a\n" +
+	"\x0eReturnResponse\x12+\n" +
+	"\asandbox\x18\x01 \x01(\v2\x11.agent.v1.SandboxR\asandbox\x12\"\n" +
+	"\x04load\x18\x02 \x01(\v2\x0e.agent.v1.LoadR\x04load\"O\n" +
+	"\rForgetRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
+	"\x05below\x18\x02 \x01(\x03R\x05below\x12\x18\n" +
+	"\areplica\x18\x03 \x01(\tR\areplica\"4\n" +
+	"\x0eForgetResponse\x12\"\n" +
+	"\x04load\x18\x01 \x01(\v2\x0e.agent.v1.LoadR\x04load\"\xbf\x02\n" +
 	"\n" +
 	"Checkpoint\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12,\n" +
@@ -3092,10 +4271,13 @@ const file_agent_v1_agent_proto_rawDesc = "" +
 	"\aworkdir\x18\x03 \x01(\tR\aworkdir\x1a6\n" +
 	"\bEnvEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"L\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"l\n" +
 	"\fPauseRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12,\n" +
-	"\x04kind\x18\x02 \x01(\x0e2\x18.agent.v1.CheckpointKindR\x04kind\"`\n" +
+	"\x04kind\x18\x02 \x01(\x0e2\x18.agent.v1.CheckpointKindR\x04kind\x12\x1e\n" +
+	"\n" +
+	"generation\x18\x03 \x01(\x03R\n" +
+	"generation\"`\n" +
 	"\rPauseResponse\x12+\n" +
 	"\asandbox\x18\x01 \x01(\v2\x11.agent.v1.SandboxR\asandbox\x12\"\n" +
 	"\x04load\x18\x02 \x01(\v2\x0e.agent.v1.LoadR\x04load\"\xbc\x01\n" +
@@ -3158,7 +4340,7 @@ const file_agent_v1_agent_proto_rawDesc = "" +
 	"\tmilli_cpu\x18\x01 \x01(\x03R\bmilliCpu\x12!\n" +
 	"\fmemory_bytes\x18\x02 \x01(\x03R\vmemoryBytes\x12\x1d\n" +
 	"\n" +
-	"disk_bytes\x18\x03 \x01(\x03R\tdiskBytes\"\x85\a\n" +
+	"disk_bytes\x18\x03 \x01(\x03R\tdiskBytes\"\xe2\b\n" +
 	"\aSandbox\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x17\n" +
 	"\anode_id\x18\x02 \x01(\tR\x06nodeId\x12\x1f\n" +
@@ -3186,10 +4368,17 @@ const file_agent_v1_agent_proto_rawDesc = "" +
 	"\tpaused_at\x18\x12 \x01(\v2\x1a.google.protobuf.TimestampR\bpausedAt\x129\n" +
 	"\vpaused_kind\x18\x13 \x01(\x0e2\x18.agent.v1.CheckpointKindR\n" +
 	"pausedKind\x12!\n" +
-	"\fpaused_bytes\x18\x14 \x01(\x03R\vpausedBytes\x1a;\n" +
+	"\fpaused_bytes\x18\x14 \x01(\x03R\vpausedBytes\x12#\n" +
+	"\rcheckpoint_id\x18\x15 \x01(\tR\fcheckpointId\x12!\n" +
+	"\fimage_digest\x18\x16 \x01(\tR\vimageDigest\x12\x1a\n" +
+	"\breceived\x18\x17 \x01(\bR\breceived\x12\x1f\n" +
+	"\vauto_resume\x18\x18 \x01(\bR\n" +
+	"autoResume\x123\n" +
+	"\atimeout\x18\x19 \x01(\v2\x19.google.protobuf.DurationR\atimeout\x12!\n" +
+	"\fidle_timeout\x18\x1a \x01(\bR\vidleTimeout\x1a;\n" +
 	"\rMetadataEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x8a\x06\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x8c\a\n" +
 	"\rCreateRequest\x12\x1f\n" +
 	"\vtemplate_id\x18\x01 \x01(\tR\n" +
 	"templateId\x12#\n" +
@@ -3209,7 +4398,12 @@ const file_agent_v1_agent_proto_rawDesc = "" +
 	"\x05guest\x18\r \x01(\v2\x17.agent.v1.GuestSettingsR\x05guest\x12\x1d\n" +
 	"\n" +
 	"auto_pause\x18\x0e \x01(\bR\tautoPause\x12@\n" +
-	"\x0fauto_pause_kind\x18\x0f \x01(\x0e2\x18.agent.v1.CheckpointKindR\rautoPauseKind\x1a;\n" +
+	"\x0fauto_pause_kind\x18\x0f \x01(\x0e2\x18.agent.v1.CheckpointKindR\rautoPauseKind\x12$\n" +
+	"\x05peers\x18\x10 \x03(\v2\x0e.agent.v1.PeerR\x05peers\x12\x16\n" +
+	"\x06bucket\x18\x11 \x01(\bR\x06bucket\x12\x1f\n" +
+	"\vauto_resume\x18\x12 \x01(\bR\n" +
+	"autoResume\x12!\n" +
+	"\fidle_timeout\x18\x13 \x01(\bR\vidleTimeout\x1a;\n" +
 	"\rMetadataEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a6\n" +
@@ -3223,16 +4417,22 @@ const file_agent_v1_agent_proto_rawDesc = "" +
 	"GetRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\":\n" +
 	"\vGetResponse\x12+\n" +
-	"\asandbox\x18\x01 \x01(\v2\x11.agent.v1.SandboxR\asandbox\"5\n" +
+	"\asandbox\x18\x01 \x01(\v2\x11.agent.v1.SandboxR\asandbox\"U\n" +
 	"\vKillRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
-	"\x06reason\x18\x02 \x01(\tR\x06reason\"\x0e\n" +
-	"\fKillResponse\"y\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\x12\x1e\n" +
+	"\n" +
+	"generation\x18\x03 \x01(\x03R\n" +
+	"generation\"\x0e\n" +
+	"\fKillResponse\"\x99\x01\n" +
 	"\x11SetTimeoutRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x123\n" +
 	"\atimeout\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\atimeout\x12\x1f\n" +
 	"\vextend_only\x18\x03 \x01(\bR\n" +
-	"extendOnly\"A\n" +
+	"extendOnly\x12\x1e\n" +
+	"\n" +
+	"generation\x18\x04 \x01(\x03R\n" +
+	"generation\"A\n" +
 	"\x12SetTimeoutResponse\x12+\n" +
 	"\asandbox\x18\x01 \x01(\v2\x11.agent.v1.SandboxR\asandbox\"\x80\x01\n" +
 	"\x0eMetricsRequest\x12\x0e\n" +
@@ -3320,13 +4520,17 @@ const file_agent_v1_agent_proto_rawDesc = "" +
 	"\vtemplate_id\x18\x01 \x01(\tR\n" +
 	"templateId\x12!\n" +
 	"\fimage_digest\x18\x02 \x01(\tR\vimageDigest\"\x18\n" +
-	"\x16RemoveTemplateResponse\"\xb8\x01\n" +
+	"\x16RemoveTemplateResponse\"\x91\x02\n" +
 	"\x04Load\x12/\n" +
 	"\bcapacity\x18\x01 \x01(\v2\x13.agent.v1.ResourcesR\bcapacity\x121\n" +
 	"\tallocated\x18\x02 \x01(\v2\x13.agent.v1.ResourcesR\tallocated\x12\x1c\n" +
 	"\tsandboxes\x18\x03 \x01(\x05R\tsandboxes\x12\x1a\n" +
 	"\bcreating\x18\x04 \x01(\x05R\bcreating\x12\x12\n" +
-	"\x04warm\x18\x05 \x01(\x05R\x04warm*h\n" +
+	"\x04warm\x18\x05 \x01(\x05R\x04warm\x12\x19\n" +
+	"\bused_cpu\x18\x06 \x01(\x01R\ausedCpu\x12\x1f\n" +
+	"\vused_memory\x18\a \x01(\x01R\n" +
+	"usedMemory\x12\x1b\n" +
+	"\tused_disk\x18\b \x01(\x01R\busedDisk*h\n" +
 	"\x0eCheckpointKind\x12\x1f\n" +
 	"\x1bCHECKPOINT_KIND_UNSPECIFIED\x10\x00\x12\x1a\n" +
 	"\x16CHECKPOINT_KIND_MEMORY\x10\x01\x12\x19\n" +
@@ -3351,7 +4555,7 @@ const file_agent_v1_agent_proto_rawDesc = "" +
 	"\x17BUILD_STATE_UNSPECIFIED\x10\x00\x12\x18\n" +
 	"\x14BUILD_STATE_BUILDING\x10\x01\x12\x15\n" +
 	"\x11BUILD_STATE_READY\x10\x02\x12\x16\n" +
-	"\x12BUILD_STATE_FAILED\x10\x032\xe3\b\n" +
+	"\x12BUILD_STATE_FAILED\x10\x032\x8b\f\n" +
 	"\fAgentService\x12;\n" +
 	"\x06Create\x12\x17.agent.v1.CreateRequest\x1a\x18.agent.v1.CreateResponse\x122\n" +
 	"\x03Get\x12\x14.agent.v1.GetRequest\x1a\x15.agent.v1.GetResponse\x125\n" +
@@ -3370,7 +4574,14 @@ const file_agent_v1_agent_proto_rawDesc = "" +
 	"\x06Resume\x12\x17.agent.v1.ResumeRequest\x1a\x18.agent.v1.ResumeResponse\x12A\n" +
 	"\bSnapshot\x12\x19.agent.v1.SnapshotRequest\x1a\x1a.agent.v1.SnapshotResponse\x12A\n" +
 	"\bRollback\x12\x19.agent.v1.RollbackRequest\x1a\x1a.agent.v1.RollbackResponse\x12Y\n" +
-	"\x10RemoveCheckpoint\x12!.agent.v1.RemoveCheckpointRequest\x1a\".agent.v1.RemoveCheckpointResponseB@Z>github.com/cloister-dev/cloister/internal/gen/agent/v1;agentv1b\x06proto3"
+	"\x10RemoveCheckpoint\x12!.agent.v1.RemoveCheckpointRequest\x1a\".agent.v1.RemoveCheckpointResponse\x128\n" +
+	"\x05Fetch\x12\x16.agent.v1.FetchRequest\x1a\x17.agent.v1.FetchResponse\x128\n" +
+	"\x05Store\x12\x16.agent.v1.StoreRequest\x1a\x17.agent.v1.StoreResponse\x12;\n" +
+	"\x06Depart\x12\x17.agent.v1.DepartRequest\x1a\x18.agent.v1.DepartResponse\x12>\n" +
+	"\aReceive\x12\x18.agent.v1.ReceiveRequest\x1a\x19.agent.v1.ReceiveResponse\x12;\n" +
+	"\x06Arrive\x12\x17.agent.v1.ArriveRequest\x1a\x18.agent.v1.ArriveResponse\x12;\n" +
+	"\x06Return\x12\x17.agent.v1.ReturnRequest\x1a\x18.agent.v1.ReturnResponse\x12;\n" +
+	"\x06Forget\x12\x17.agent.v1.ForgetRequest\x1a\x18.agent.v1.ForgetResponseB@Z>github.com/cloister-dev/cloister/internal/gen/agent/v1;agentv1b\x06proto3"
 
 var (
 	file_agent_v1_agent_proto_rawDescOnce sync.Once
@@ -3385,157 +4596,208 @@ func file_agent_v1_agent_proto_rawDescGZIP() []byte {
 }
 
 var file_agent_v1_agent_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 47)
+var file_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 63)
 var file_agent_v1_agent_proto_goTypes = []any{
 	(CheckpointKind)(0),              // 0: agent.v1.CheckpointKind
 	(State)(0),                       // 1: agent.v1.State
 	(BuildState)(0),                  // 2: agent.v1.BuildState
-	(*Checkpoint)(nil),               // 3: agent.v1.Checkpoint
-	(*GuestSettings)(nil),            // 4: agent.v1.GuestSettings
-	(*PauseRequest)(nil),             // 5: agent.v1.PauseRequest
-	(*PauseResponse)(nil),            // 6: agent.v1.PauseResponse
-	(*ResumeRequest)(nil),            // 7: agent.v1.ResumeRequest
-	(*ResumeResponse)(nil),           // 8: agent.v1.ResumeResponse
-	(*SnapshotRequest)(nil),          // 9: agent.v1.SnapshotRequest
-	(*SnapshotResponse)(nil),         // 10: agent.v1.SnapshotResponse
-	(*RollbackRequest)(nil),          // 11: agent.v1.RollbackRequest
-	(*RollbackResponse)(nil),         // 12: agent.v1.RollbackResponse
-	(*RemoveCheckpointRequest)(nil),  // 13: agent.v1.RemoveCheckpointRequest
-	(*RemoveCheckpointResponse)(nil), // 14: agent.v1.RemoveCheckpointResponse
-	(*CancelBuildRequest)(nil),       // 15: agent.v1.CancelBuildRequest
-	(*CancelBuildResponse)(nil),      // 16: agent.v1.CancelBuildResponse
-	(*PutFileRequest)(nil),           // 17: agent.v1.PutFileRequest
-	(*PutFileResponse)(nil),          // 18: agent.v1.PutFileResponse
-	(*PushRequest)(nil),              // 19: agent.v1.PushRequest
-	(*PushResponse)(nil),             // 20: agent.v1.PushResponse
-	(*Resources)(nil),                // 21: agent.v1.Resources
-	(*Sandbox)(nil),                  // 22: agent.v1.Sandbox
-	(*CreateRequest)(nil),            // 23: agent.v1.CreateRequest
-	(*CreateResponse)(nil),           // 24: agent.v1.CreateResponse
-	(*GetRequest)(nil),               // 25: agent.v1.GetRequest
-	(*GetResponse)(nil),              // 26: agent.v1.GetResponse
-	(*KillRequest)(nil),              // 27: agent.v1.KillRequest
-	(*KillResponse)(nil),             // 28: agent.v1.KillResponse
-	(*SetTimeoutRequest)(nil),        // 29: agent.v1.SetTimeoutRequest
-	(*SetTimeoutResponse)(nil),       // 30: agent.v1.SetTimeoutResponse
-	(*MetricsRequest)(nil),           // 31: agent.v1.MetricsRequest
-	(*MetricSample)(nil),             // 32: agent.v1.MetricSample
-	(*MetricsResponse)(nil),          // 33: agent.v1.MetricsResponse
-	(*LogsRequest)(nil),              // 34: agent.v1.LogsRequest
-	(*LogEntry)(nil),                 // 35: agent.v1.LogEntry
-	(*LogsResponse)(nil),             // 36: agent.v1.LogsResponse
-	(*BuildRequest)(nil),             // 37: agent.v1.BuildRequest
-	(*BuildStep)(nil),                // 38: agent.v1.BuildStep
-	(*BuildResponse)(nil),            // 39: agent.v1.BuildResponse
-	(*GetBuildRequest)(nil),          // 40: agent.v1.GetBuildRequest
-	(*GetBuildResponse)(nil),         // 41: agent.v1.GetBuildResponse
-	(*RemoveTemplateRequest)(nil),    // 42: agent.v1.RemoveTemplateRequest
-	(*RemoveTemplateResponse)(nil),   // 43: agent.v1.RemoveTemplateResponse
-	(*Load)(nil),                     // 44: agent.v1.Load
-	nil,                              // 45: agent.v1.GuestSettings.EnvEntry
-	nil,                              // 46: agent.v1.Sandbox.MetadataEntry
-	nil,                              // 47: agent.v1.CreateRequest.MetadataEntry
-	nil,                              // 48: agent.v1.CreateRequest.EnvEntry
-	nil,                              // 49: agent.v1.LogEntry.FieldsEntry
-	(*timestamppb.Timestamp)(nil),    // 50: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),      // 51: google.protobuf.Duration
+	(*Peer)(nil),                     // 3: agent.v1.Peer
+	(*FetchRequest)(nil),             // 4: agent.v1.FetchRequest
+	(*FetchResponse)(nil),            // 5: agent.v1.FetchResponse
+	(*StoreRequest)(nil),             // 6: agent.v1.StoreRequest
+	(*StoreResponse)(nil),            // 7: agent.v1.StoreResponse
+	(*Parcel)(nil),                   // 8: agent.v1.Parcel
+	(*DepartRequest)(nil),            // 9: agent.v1.DepartRequest
+	(*DepartResponse)(nil),           // 10: agent.v1.DepartResponse
+	(*ReceiveRequest)(nil),           // 11: agent.v1.ReceiveRequest
+	(*ReceiveResponse)(nil),          // 12: agent.v1.ReceiveResponse
+	(*ArriveRequest)(nil),            // 13: agent.v1.ArriveRequest
+	(*ArriveResponse)(nil),           // 14: agent.v1.ArriveResponse
+	(*ReturnRequest)(nil),            // 15: agent.v1.ReturnRequest
+	(*ReturnResponse)(nil),           // 16: agent.v1.ReturnResponse
+	(*ForgetRequest)(nil),            // 17: agent.v1.ForgetRequest
+	(*ForgetResponse)(nil),           // 18: agent.v1.ForgetResponse
+	(*Checkpoint)(nil),               // 19: agent.v1.Checkpoint
+	(*GuestSettings)(nil),            // 20: agent.v1.GuestSettings
+	(*PauseRequest)(nil),             // 21: agent.v1.PauseRequest
+	(*PauseResponse)(nil),            // 22: agent.v1.PauseResponse
+	(*ResumeRequest)(nil),            // 23: agent.v1.ResumeRequest
+	(*ResumeResponse)(nil),           // 24: agent.v1.ResumeResponse
+	(*SnapshotRequest)(nil),          // 25: agent.v1.SnapshotRequest
+	(*SnapshotResponse)(nil),         // 26: agent.v1.SnapshotResponse
+	(*RollbackRequest)(nil),          // 27: agent.v1.RollbackRequest
+	(*RollbackResponse)(nil),         // 28: agent.v1.RollbackResponse
+	(*RemoveCheckpointRequest)(nil),  // 29: agent.v1.RemoveCheckpointRequest
+	(*RemoveCheckpointResponse)(nil), // 30: agent.v1.RemoveCheckpointResponse
+	(*CancelBuildRequest)(nil),       // 31: agent.v1.CancelBuildRequest
+	(*CancelBuildResponse)(nil),      // 32: agent.v1.CancelBuildResponse
+	(*PutFileRequest)(nil),           // 33: agent.v1.PutFileRequest
+	(*PutFileResponse)(nil),          // 34: agent.v1.PutFileResponse
+	(*PushRequest)(nil),              // 35: agent.v1.PushRequest
+	(*PushResponse)(nil),             // 36: agent.v1.PushResponse
+	(*Resources)(nil),                // 37: agent.v1.Resources
+	(*Sandbox)(nil),                  // 38: agent.v1.Sandbox
+	(*CreateRequest)(nil),            // 39: agent.v1.CreateRequest
+	(*CreateResponse)(nil),           // 40: agent.v1.CreateResponse
+	(*GetRequest)(nil),               // 41: agent.v1.GetRequest
+	(*GetResponse)(nil),              // 42: agent.v1.GetResponse
+	(*KillRequest)(nil),              // 43: agent.v1.KillRequest
+	(*KillResponse)(nil),             // 44: agent.v1.KillResponse
+	(*SetTimeoutRequest)(nil),        // 45: agent.v1.SetTimeoutRequest
+	(*SetTimeoutResponse)(nil),       // 46: agent.v1.SetTimeoutResponse
+	(*MetricsRequest)(nil),           // 47: agent.v1.MetricsRequest
+	(*MetricSample)(nil),             // 48: agent.v1.MetricSample
+	(*MetricsResponse)(nil),          // 49: agent.v1.MetricsResponse
+	(*LogsRequest)(nil),              // 50: agent.v1.LogsRequest
+	(*LogEntry)(nil),                 // 51: agent.v1.LogEntry
+	(*LogsResponse)(nil),             // 52: agent.v1.LogsResponse
+	(*BuildRequest)(nil),             // 53: agent.v1.BuildRequest
+	(*BuildStep)(nil),                // 54: agent.v1.BuildStep
+	(*BuildResponse)(nil),            // 55: agent.v1.BuildResponse
+	(*GetBuildRequest)(nil),          // 56: agent.v1.GetBuildRequest
+	(*GetBuildResponse)(nil),         // 57: agent.v1.GetBuildResponse
+	(*RemoveTemplateRequest)(nil),    // 58: agent.v1.RemoveTemplateRequest
+	(*RemoveTemplateResponse)(nil),   // 59: agent.v1.RemoveTemplateResponse
+	(*Load)(nil),                     // 60: agent.v1.Load
+	nil,                              // 61: agent.v1.GuestSettings.EnvEntry
+	nil,                              // 62: agent.v1.Sandbox.MetadataEntry
+	nil,                              // 63: agent.v1.CreateRequest.MetadataEntry
+	nil,                              // 64: agent.v1.CreateRequest.EnvEntry
+	nil,                              // 65: agent.v1.LogEntry.FieldsEntry
+	(*durationpb.Duration)(nil),      // 66: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),    // 67: google.protobuf.Timestamp
 }
 var file_agent_v1_agent_proto_depIdxs = []int32{
-	0,  // 0: agent.v1.Checkpoint.kind:type_name -> agent.v1.CheckpointKind
-	21, // 1: agent.v1.Checkpoint.resources:type_name -> agent.v1.Resources
-	50, // 2: agent.v1.Checkpoint.created_at:type_name -> google.protobuf.Timestamp
-	4,  // 3: agent.v1.Checkpoint.guest:type_name -> agent.v1.GuestSettings
-	45, // 4: agent.v1.GuestSettings.env:type_name -> agent.v1.GuestSettings.EnvEntry
-	0,  // 5: agent.v1.PauseRequest.kind:type_name -> agent.v1.CheckpointKind
-	22, // 6: agent.v1.PauseResponse.sandbox:type_name -> agent.v1.Sandbox
-	44, // 7: agent.v1.PauseResponse.load:type_name -> agent.v1.Load
-	51, // 8: agent.v1.ResumeRequest.timeout:type_name -> google.protobuf.Duration
-	22, // 9: agent.v1.ResumeResponse.sandbox:type_name -> agent.v1.Sandbox
-	44, // 10: agent.v1.ResumeResponse.load:type_name -> agent.v1.Load
-	0,  // 11: agent.v1.SnapshotRequest.kind:type_name -> agent.v1.CheckpointKind
-	3,  // 12: agent.v1.SnapshotResponse.checkpoint:type_name -> agent.v1.Checkpoint
-	22, // 13: agent.v1.RollbackResponse.sandbox:type_name -> agent.v1.Sandbox
-	44, // 14: agent.v1.RollbackResponse.load:type_name -> agent.v1.Load
-	4,  // 15: agent.v1.PushRequest.guest:type_name -> agent.v1.GuestSettings
-	21, // 16: agent.v1.PushRequest.resources:type_name -> agent.v1.Resources
-	1,  // 17: agent.v1.Sandbox.state:type_name -> agent.v1.State
-	21, // 18: agent.v1.Sandbox.resources:type_name -> agent.v1.Resources
-	46, // 19: agent.v1.Sandbox.metadata:type_name -> agent.v1.Sandbox.MetadataEntry
-	50, // 20: agent.v1.Sandbox.started_at:type_name -> google.protobuf.Timestamp
-	50, // 21: agent.v1.Sandbox.end_at:type_name -> google.protobuf.Timestamp
-	50, // 22: agent.v1.Sandbox.ended_at:type_name -> google.protobuf.Timestamp
-	0,  // 23: agent.v1.Sandbox.auto_pause_kind:type_name -> agent.v1.CheckpointKind
-	50, // 24: agent.v1.Sandbox.paused_at:type_name -> google.protobuf.Timestamp
-	0,  // 25: agent.v1.Sandbox.paused_kind:type_name -> agent.v1.CheckpointKind
-	21, // 26: agent.v1.CreateRequest.resources:type_name -> agent.v1.Resources
-	47, // 27: agent.v1.CreateRequest.metadata:type_name -> agent.v1.CreateRequest.MetadataEntry
-	48, // 28: agent.v1.CreateRequest.env:type_name -> agent.v1.CreateRequest.EnvEntry
-	51, // 29: agent.v1.CreateRequest.timeout:type_name -> google.protobuf.Duration
-	4,  // 30: agent.v1.CreateRequest.guest:type_name -> agent.v1.GuestSettings
-	0,  // 31: agent.v1.CreateRequest.auto_pause_kind:type_name -> agent.v1.CheckpointKind
-	22, // 32: agent.v1.CreateResponse.sandbox:type_name -> agent.v1.Sandbox
-	44, // 33: agent.v1.CreateResponse.load:type_name -> agent.v1.Load
-	22, // 34: agent.v1.GetResponse.sandbox:type_name -> agent.v1.Sandbox
-	51, // 35: agent.v1.SetTimeoutRequest.timeout:type_name -> google.protobuf.Duration
-	22, // 36: agent.v1.SetTimeoutResponse.sandbox:type_name -> agent.v1.Sandbox
-	50, // 37: agent.v1.MetricsRequest.start:type_name -> google.protobuf.Timestamp
-	50, // 38: agent.v1.MetricsRequest.end:type_name -> google.protobuf.Timestamp
-	50, // 39: agent.v1.MetricSample.time:type_name -> google.protobuf.Timestamp
-	32, // 40: agent.v1.MetricsResponse.samples:type_name -> agent.v1.MetricSample
-	50, // 41: agent.v1.LogsRequest.start:type_name -> google.protobuf.Timestamp
-	50, // 42: agent.v1.LogEntry.time:type_name -> google.protobuf.Timestamp
-	49, // 43: agent.v1.LogEntry.fields:type_name -> agent.v1.LogEntry.FieldsEntry
-	35, // 44: agent.v1.LogsResponse.entries:type_name -> agent.v1.LogEntry
-	4,  // 45: agent.v1.BuildRequest.base_guest:type_name -> agent.v1.GuestSettings
-	38, // 46: agent.v1.BuildRequest.steps:type_name -> agent.v1.BuildStep
-	21, // 47: agent.v1.BuildRequest.resources:type_name -> agent.v1.Resources
-	51, // 48: agent.v1.GetBuildRequest.wait:type_name -> google.protobuf.Duration
-	2,  // 49: agent.v1.GetBuildResponse.state:type_name -> agent.v1.BuildState
-	35, // 50: agent.v1.GetBuildResponse.entries:type_name -> agent.v1.LogEntry
-	4,  // 51: agent.v1.GetBuildResponse.guest:type_name -> agent.v1.GuestSettings
-	3,  // 52: agent.v1.GetBuildResponse.checkpoint:type_name -> agent.v1.Checkpoint
-	21, // 53: agent.v1.GetBuildResponse.resources:type_name -> agent.v1.Resources
-	21, // 54: agent.v1.Load.capacity:type_name -> agent.v1.Resources
-	21, // 55: agent.v1.Load.allocated:type_name -> agent.v1.Resources
-	23, // 56: agent.v1.AgentService.Create:input_type -> agent.v1.CreateRequest
-	25, // 57: agent.v1.AgentService.Get:input_type -> agent.v1.GetRequest
-	27, // 58: agent.v1.AgentService.Kill:input_type -> agent.v1.KillRequest
-	29, // 59: agent.v1.AgentService.SetTimeout:input_type -> agent.v1.SetTimeoutRequest
-	31, // 60: agent.v1.AgentService.Metrics:input_type -> agent.v1.MetricsRequest
-	34, // 61: agent.v1.AgentService.Logs:input_type -> agent.v1.LogsRequest
-	37, // 62: agent.v1.AgentService.Build:input_type -> agent.v1.BuildRequest
-	40, // 63: agent.v1.AgentService.GetBuild:input_type -> agent.v1.GetBuildRequest
-	15, // 64: agent.v1.AgentService.CancelBuild:input_type -> agent.v1.CancelBuildRequest
-	17, // 65: agent.v1.AgentService.PutFile:input_type -> agent.v1.PutFileRequest
-	19, // 66: agent.v1.AgentService.Push:input_type -> agent.v1.PushRequest
-	42, // 67: agent.v1.AgentService.RemoveTemplate:input_type -> agent.v1.RemoveTemplateRequest
-	5,  // 68: agent.v1.AgentService.Pause:input_type -> agent.v1.PauseRequest
-	7,  // 69: agent.v1.AgentService.Resume:input_type -> agent.v1.ResumeRequest
-	9,  // 70: agent.v1.AgentService.Snapshot:input_type -> agent.v1.SnapshotRequest
-	11, // 71: agent.v1.AgentService.Rollback:input_type -> agent.v1.RollbackRequest
-	13, // 72: agent.v1.AgentService.RemoveCheckpoint:input_type -> agent.v1.RemoveCheckpointRequest
-	24, // 73: agent.v1.AgentService.Create:output_type -> agent.v1.CreateResponse
-	26, // 74: agent.v1.AgentService.Get:output_type -> agent.v1.GetResponse
-	28, // 75: agent.v1.AgentService.Kill:output_type -> agent.v1.KillResponse
-	30, // 76: agent.v1.AgentService.SetTimeout:output_type -> agent.v1.SetTimeoutResponse
-	33, // 77: agent.v1.AgentService.Metrics:output_type -> agent.v1.MetricsResponse
-	36, // 78: agent.v1.AgentService.Logs:output_type -> agent.v1.LogsResponse
-	39, // 79: agent.v1.AgentService.Build:output_type -> agent.v1.BuildResponse
-	41, // 80: agent.v1.AgentService.GetBuild:output_type -> agent.v1.GetBuildResponse
-	16, // 81: agent.v1.AgentService.CancelBuild:output_type -> agent.v1.CancelBuildResponse
-	18, // 82: agent.v1.AgentService.PutFile:output_type -> agent.v1.PutFileResponse
-	20, // 83: agent.v1.AgentService.Push:output_type -> agent.v1.PushResponse
-	43, // 84: agent.v1.AgentService.RemoveTemplate:output_type -> agent.v1.RemoveTemplateResponse
-	6,  // 85: agent.v1.AgentService.Pause:output_type -> agent.v1.PauseResponse
-	8,  // 86: agent.v1.AgentService.Resume:output_type -> agent.v1.ResumeResponse
-	10, // 87: agent.v1.AgentService.Snapshot:output_type -> agent.v1.SnapshotResponse
-	12, // 88: agent.v1.AgentService.Rollback:output_type -> agent.v1.RollbackResponse
-	14, // 89: agent.v1.AgentService.RemoveCheckpoint:output_type -> agent.v1.RemoveCheckpointResponse
-	73, // [73:90] is the sub-list for method output_type
-	56, // [56:73] is the sub-list for method input_type
-	56, // [56:56] is the sub-list for extension type_name
-	56, // [56:56] is the sub-list for extension extendee
-	0,  // [0:56] is the sub-list for field type_name
+	3,   // 0: agent.v1.FetchRequest.peers:type_name -> agent.v1.Peer
+	37,  // 1: agent.v1.FetchRequest.warm:type_name -> agent.v1.Resources
+	19,  // 2: agent.v1.FetchResponse.checkpoint:type_name -> agent.v1.Checkpoint
+	38,  // 3: agent.v1.Parcel.sandbox:type_name -> agent.v1.Sandbox
+	19,  // 4: agent.v1.Parcel.checkpoint:type_name -> agent.v1.Checkpoint
+	20,  // 5: agent.v1.Parcel.guest:type_name -> agent.v1.GuestSettings
+	66,  // 6: agent.v1.DepartRequest.grace:type_name -> google.protobuf.Duration
+	66,  // 7: agent.v1.DepartRequest.deadline:type_name -> google.protobuf.Duration
+	8,   // 8: agent.v1.DepartResponse.parcel:type_name -> agent.v1.Parcel
+	60,  // 9: agent.v1.DepartResponse.load:type_name -> agent.v1.Load
+	8,   // 10: agent.v1.ReceiveRequest.parcel:type_name -> agent.v1.Parcel
+	3,   // 11: agent.v1.ReceiveRequest.peers:type_name -> agent.v1.Peer
+	38,  // 12: agent.v1.ReceiveResponse.sandbox:type_name -> agent.v1.Sandbox
+	60,  // 13: agent.v1.ReceiveResponse.load:type_name -> agent.v1.Load
+	38,  // 14: agent.v1.ArriveResponse.sandbox:type_name -> agent.v1.Sandbox
+	60,  // 15: agent.v1.ArriveResponse.load:type_name -> agent.v1.Load
+	38,  // 16: agent.v1.ReturnResponse.sandbox:type_name -> agent.v1.Sandbox
+	60,  // 17: agent.v1.ReturnResponse.load:type_name -> agent.v1.Load
+	60,  // 18: agent.v1.ForgetResponse.load:type_name -> agent.v1.Load
+	0,   // 19: agent.v1.Checkpoint.kind:type_name -> agent.v1.CheckpointKind
+	37,  // 20: agent.v1.Checkpoint.resources:type_name -> agent.v1.Resources
+	67,  // 21: agent.v1.Checkpoint.created_at:type_name -> google.protobuf.Timestamp
+	20,  // 22: agent.v1.Checkpoint.guest:type_name -> agent.v1.GuestSettings
+	61,  // 23: agent.v1.GuestSettings.env:type_name -> agent.v1.GuestSettings.EnvEntry
+	0,   // 24: agent.v1.PauseRequest.kind:type_name -> agent.v1.CheckpointKind
+	38,  // 25: agent.v1.PauseResponse.sandbox:type_name -> agent.v1.Sandbox
+	60,  // 26: agent.v1.PauseResponse.load:type_name -> agent.v1.Load
+	66,  // 27: agent.v1.ResumeRequest.timeout:type_name -> google.protobuf.Duration
+	38,  // 28: agent.v1.ResumeResponse.sandbox:type_name -> agent.v1.Sandbox
+	60,  // 29: agent.v1.ResumeResponse.load:type_name -> agent.v1.Load
+	0,   // 30: agent.v1.SnapshotRequest.kind:type_name -> agent.v1.CheckpointKind
+	19,  // 31: agent.v1.SnapshotResponse.checkpoint:type_name -> agent.v1.Checkpoint
+	38,  // 32: agent.v1.RollbackResponse.sandbox:type_name -> agent.v1.Sandbox
+	60,  // 33: agent.v1.RollbackResponse.load:type_name -> agent.v1.Load
+	20,  // 34: agent.v1.PushRequest.guest:type_name -> agent.v1.GuestSettings
+	37,  // 35: agent.v1.PushRequest.resources:type_name -> agent.v1.Resources
+	1,   // 36: agent.v1.Sandbox.state:type_name -> agent.v1.State
+	37,  // 37: agent.v1.Sandbox.resources:type_name -> agent.v1.Resources
+	62,  // 38: agent.v1.Sandbox.metadata:type_name -> agent.v1.Sandbox.MetadataEntry
+	67,  // 39: agent.v1.Sandbox.started_at:type_name -> google.protobuf.Timestamp
+	67,  // 40: agent.v1.Sandbox.end_at:type_name -> google.protobuf.Timestamp
+	67,  // 41: agent.v1.Sandbox.ended_at:type_name -> google.protobuf.Timestamp
+	0,   // 42: agent.v1.Sandbox.auto_pause_kind:type_name -> agent.v1.CheckpointKind
+	67,  // 43: agent.v1.Sandbox.paused_at:type_name -> google.protobuf.Timestamp
+	0,   // 44: agent.v1.Sandbox.paused_kind:type_name -> agent.v1.CheckpointKind
+	66,  // 45: agent.v1.Sandbox.timeout:type_name -> google.protobuf.Duration
+	37,  // 46: agent.v1.CreateRequest.resources:type_name -> agent.v1.Resources
+	63,  // 47: agent.v1.CreateRequest.metadata:type_name -> agent.v1.CreateRequest.MetadataEntry
+	64,  // 48: agent.v1.CreateRequest.env:type_name -> agent.v1.CreateRequest.EnvEntry
+	66,  // 49: agent.v1.CreateRequest.timeout:type_name -> google.protobuf.Duration
+	20,  // 50: agent.v1.CreateRequest.guest:type_name -> agent.v1.GuestSettings
+	0,   // 51: agent.v1.CreateRequest.auto_pause_kind:type_name -> agent.v1.CheckpointKind
+	3,   // 52: agent.v1.CreateRequest.peers:type_name -> agent.v1.Peer
+	38,  // 53: agent.v1.CreateResponse.sandbox:type_name -> agent.v1.Sandbox
+	60,  // 54: agent.v1.CreateResponse.load:type_name -> agent.v1.Load
+	38,  // 55: agent.v1.GetResponse.sandbox:type_name -> agent.v1.Sandbox
+	66,  // 56: agent.v1.SetTimeoutRequest.timeout:type_name -> google.protobuf.Duration
+	38,  // 57: agent.v1.SetTimeoutResponse.sandbox:type_name -> agent.v1.Sandbox
+	67,  // 58: agent.v1.MetricsRequest.start:type_name -> google.protobuf.Timestamp
+	67,  // 59: agent.v1.MetricsRequest.end:type_name -> google.protobuf.Timestamp
+	67,  // 60: agent.v1.MetricSample.time:type_name -> google.protobuf.Timestamp
+	48,  // 61: agent.v1.MetricsResponse.samples:type_name -> agent.v1.MetricSample
+	67,  // 62: agent.v1.LogsRequest.start:type_name -> google.protobuf.Timestamp
+	67,  // 63: agent.v1.LogEntry.time:type_name -> google.protobuf.Timestamp
+	65,  // 64: agent.v1.LogEntry.fields:type_name -> agent.v1.LogEntry.FieldsEntry
+	51,  // 65: agent.v1.LogsResponse.entries:type_name -> agent.v1.LogEntry
+	20,  // 66: agent.v1.BuildRequest.base_guest:type_name -> agent.v1.GuestSettings
+	54,  // 67: agent.v1.BuildRequest.steps:type_name -> agent.v1.BuildStep
+	37,  // 68: agent.v1.BuildRequest.resources:type_name -> agent.v1.Resources
+	66,  // 69: agent.v1.GetBuildRequest.wait:type_name -> google.protobuf.Duration
+	2,   // 70: agent.v1.GetBuildResponse.state:type_name -> agent.v1.BuildState
+	51,  // 71: agent.v1.GetBuildResponse.entries:type_name -> agent.v1.LogEntry
+	20,  // 72: agent.v1.GetBuildResponse.guest:type_name -> agent.v1.GuestSettings
+	19,  // 73: agent.v1.GetBuildResponse.checkpoint:type_name -> agent.v1.Checkpoint
+	37,  // 74: agent.v1.GetBuildResponse.resources:type_name -> agent.v1.Resources
+	37,  // 75: agent.v1.Load.capacity:type_name -> agent.v1.Resources
+	37,  // 76: agent.v1.Load.allocated:type_name -> agent.v1.Resources
+	39,  // 77: agent.v1.AgentService.Create:input_type -> agent.v1.CreateRequest
+	41,  // 78: agent.v1.AgentService.Get:input_type -> agent.v1.GetRequest
+	43,  // 79: agent.v1.AgentService.Kill:input_type -> agent.v1.KillRequest
+	45,  // 80: agent.v1.AgentService.SetTimeout:input_type -> agent.v1.SetTimeoutRequest
+	47,  // 81: agent.v1.AgentService.Metrics:input_type -> agent.v1.MetricsRequest
+	50,  // 82: agent.v1.AgentService.Logs:input_type -> agent.v1.LogsRequest
+	53,  // 83: agent.v1.AgentService.Build:input_type -> agent.v1.BuildRequest
+	56,  // 84: agent.v1.AgentService.GetBuild:input_type -> agent.v1.GetBuildRequest
+	31,  // 85: agent.v1.AgentService.CancelBuild:input_type -> agent.v1.CancelBuildRequest
+	33,  // 86: agent.v1.AgentService.PutFile:input_type -> agent.v1.PutFileRequest
+	35,  // 87: agent.v1.AgentService.Push:input_type -> agent.v1.PushRequest
+	58,  // 88: agent.v1.AgentService.RemoveTemplate:input_type -> agent.v1.RemoveTemplateRequest
+	21,  // 89: agent.v1.AgentService.Pause:input_type -> agent.v1.PauseRequest
+	23,  // 90: agent.v1.AgentService.Resume:input_type -> agent.v1.ResumeRequest
+	25,  // 91: agent.v1.AgentService.Snapshot:input_type -> agent.v1.SnapshotRequest
+	27,  // 92: agent.v1.AgentService.Rollback:input_type -> agent.v1.RollbackRequest
+	29,  // 93: agent.v1.AgentService.RemoveCheckpoint:input_type -> agent.v1.RemoveCheckpointRequest
+	4,   // 94: agent.v1.AgentService.Fetch:input_type -> agent.v1.FetchRequest
+	6,   // 95: agent.v1.AgentService.Store:input_type -> agent.v1.StoreRequest
+	9,   // 96: agent.v1.AgentService.Depart:input_type -> agent.v1.DepartRequest
+	11,  // 97: agent.v1.AgentService.Receive:input_type -> agent.v1.ReceiveRequest
+	13,  // 98: agent.v1.AgentService.Arrive:input_type -> agent.v1.ArriveRequest
+	15,  // 99: agent.v1.AgentService.Return:input_type -> agent.v1.ReturnRequest
+	17,  // 100: agent.v1.AgentService.Forget:input_type -> agent.v1.ForgetRequest
+	40,  // 101: agent.v1.AgentService.Create:output_type -> agent.v1.CreateResponse
+	42,  // 102: agent.v1.AgentService.Get:output_type -> agent.v1.GetResponse
+	44,  // 103: agent.v1.AgentService.Kill:output_type -> agent.v1.KillResponse
+	46,  // 104: agent.v1.AgentService.SetTimeout:output_type -> agent.v1.SetTimeoutResponse
+	49,  // 105: agent.v1.AgentService.Metrics:output_type -> agent.v1.MetricsResponse
+	52,  // 106: agent.v1.AgentService.Logs:output_type -> agent.v1.LogsResponse
+	55,  // 107: agent.v1.AgentService.Build:output_type -> agent.v1.BuildResponse
+	57,  // 108: agent.v1.AgentService.GetBuild:output_type -> agent.v1.GetBuildResponse
+	32,  // 109: agent.v1.AgentService.CancelBuild:output_type -> agent.v1.CancelBuildResponse
+	34,  // 110: agent.v1.AgentService.PutFile:output_type -> agent.v1.PutFileResponse
+	36,  // 111: agent.v1.AgentService.Push:output_type -> agent.v1.PushResponse
+	59,  // 112: agent.v1.AgentService.RemoveTemplate:output_type -> agent.v1.RemoveTemplateResponse
+	22,  // 113: agent.v1.AgentService.Pause:output_type -> agent.v1.PauseResponse
+	24,  // 114: agent.v1.AgentService.Resume:output_type -> agent.v1.ResumeResponse
+	26,  // 115: agent.v1.AgentService.Snapshot:output_type -> agent.v1.SnapshotResponse
+	28,  // 116: agent.v1.AgentService.Rollback:output_type -> agent.v1.RollbackResponse
+	30,  // 117: agent.v1.AgentService.RemoveCheckpoint:output_type -> agent.v1.RemoveCheckpointResponse
+	5,   // 118: agent.v1.AgentService.Fetch:output_type -> agent.v1.FetchResponse
+	7,   // 119: agent.v1.AgentService.Store:output_type -> agent.v1.StoreResponse
+	10,  // 120: agent.v1.AgentService.Depart:output_type -> agent.v1.DepartResponse
+	12,  // 121: agent.v1.AgentService.Receive:output_type -> agent.v1.ReceiveResponse
+	14,  // 122: agent.v1.AgentService.Arrive:output_type -> agent.v1.ArriveResponse
+	16,  // 123: agent.v1.AgentService.Return:output_type -> agent.v1.ReturnResponse
+	18,  // 124: agent.v1.AgentService.Forget:output_type -> agent.v1.ForgetResponse
+	101, // [101:125] is the sub-list for method output_type
+	77,  // [77:101] is the sub-list for method input_type
+	77,  // [77:77] is the sub-list for extension type_name
+	77,  // [77:77] is the sub-list for extension extendee
+	0,   // [0:77] is the sub-list for field type_name
 }
 
 func init() { file_agent_v1_agent_proto_init() }
@@ -3543,14 +4805,14 @@ func file_agent_v1_agent_proto_init() {
 	if File_agent_v1_agent_proto != nil {
 		return
 	}
-	file_agent_v1_agent_proto_msgTypes[4].OneofWrappers = []any{}
+	file_agent_v1_agent_proto_msgTypes[20].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_v1_agent_proto_rawDesc), len(file_agent_v1_agent_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   47,
+			NumMessages:   63,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -37,6 +37,14 @@ type RegisterRequest struct {
 	Labels        map[string]string      `protobuf:"bytes,8,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	ImageDigests  []string               `protobuf:"bytes,9,rep,name=image_digests,json=imageDigests,proto3" json:"image_digests,omitempty"`
 	CheckpointIds []string               `protobuf:"bytes,10,rep,name=checkpoint_ids,json=checkpointIds,proto3" json:"checkpoint_ids,omitempty"`
+	// HOST:PORT that the node answers other members on; empty where it cannot be dialed.
+	Address string `protobuf:"bytes,11,opt,name=address,proto3" json:"address,omitempty"`
+	// Of the processor, in the kernel's words.
+	CpuFeatures []string `protobuf:"bytes,12,rep,name=cpu_features,json=cpuFeatures,proto3" json:"cpu_features,omitempty"`
+	// What the machine has, before over-commit and reserve.
+	Machine *v1.Resources `protobuf:"bytes,13,opt,name=machine,proto3" json:"machine,omitempty"`
+	// The checkpoints that it keeps for sandboxes of other nodes.
+	ReplicaIds    []string `protobuf:"bytes,14,rep,name=replica_ids,json=replicaIds,proto3" json:"replica_ids,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -137,6 +145,34 @@ func (x *RegisterRequest) GetImageDigests() []string {
 func (x *RegisterRequest) GetCheckpointIds() []string {
 	if x != nil {
 		return x.CheckpointIds
+	}
+	return nil
+}
+
+func (x *RegisterRequest) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
+func (x *RegisterRequest) GetCpuFeatures() []string {
+	if x != nil {
+		return x.CpuFeatures
+	}
+	return nil
+}
+
+func (x *RegisterRequest) GetMachine() *v1.Resources {
+	if x != nil {
+		return x.Machine
+	}
+	return nil
+}
+
+func (x *RegisterRequest) GetReplicaIds() []string {
+	if x != nil {
+		return x.ReplicaIds
 	}
 	return nil
 }
@@ -345,7 +381,8 @@ type Change struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
 	Sequence int64                  `protobuf:"varint,1,opt,name=sequence,proto3" json:"sequence,omitempty"`
 	Time     *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=time,proto3" json:"time,omitempty"`
-	// created, started, timeout_set, killed, timed_out, failed, lost, adopted, paused, resumed, snapshotted, rolled_back.
+	// created, started, timeout_set, killed, timed_out, failed, lost, adopted, paused, resumed, snapshotted, rolled_back,
+	// departed, returned, received, arrived, forgotten.
 	Type          string      `protobuf:"bytes,3,opt,name=type,proto3" json:"type,omitempty"`
 	Sandbox       *v1.Sandbox `protobuf:"bytes,4,opt,name=sandbox,proto3" json:"sandbox,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -458,7 +495,7 @@ var File_node_v1_node_proto protoreflect.FileDescriptor
 
 const file_node_v1_node_proto_rawDesc = "" +
 	"\n" +
-	"\x12node/v1/node.proto\x12\anode.v1\x1a\x14agent/v1/agent.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb5\x03\n" +
+	"\x12node/v1/node.proto\x12\anode.v1\x1a\x14agent/v1/agent.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc2\x04\n" +
 	"\x0fRegisterRequest\x12\x17\n" +
 	"\anode_id\x18\x01 \x01(\tR\x06nodeId\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x18\n" +
@@ -470,7 +507,12 @@ const file_node_v1_node_proto_rawDesc = "" +
 	"\x06labels\x18\b \x03(\v2$.node.v1.RegisterRequest.LabelsEntryR\x06labels\x12#\n" +
 	"\rimage_digests\x18\t \x03(\tR\fimageDigests\x12%\n" +
 	"\x0echeckpoint_ids\x18\n" +
-	" \x03(\tR\rcheckpointIds\x1a9\n" +
+	" \x03(\tR\rcheckpointIds\x12\x18\n" +
+	"\aaddress\x18\v \x01(\tR\aaddress\x12!\n" +
+	"\fcpu_features\x18\f \x03(\tR\vcpuFeatures\x12-\n" +
+	"\amachine\x18\r \x01(\v2\x13.agent.v1.ResourcesR\amachine\x12\x1f\n" +
+	"\vreplica_ids\x18\x0e \x03(\tR\n" +
+	"replicaIds\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"Z\n" +
@@ -529,19 +571,20 @@ var file_node_v1_node_proto_depIdxs = []int32{
 	1,  // 0: node.v1.RegisterRequest.engines:type_name -> node.v1.Engine
 	7,  // 1: node.v1.RegisterRequest.capacity:type_name -> agent.v1.Resources
 	6,  // 2: node.v1.RegisterRequest.labels:type_name -> node.v1.RegisterRequest.LabelsEntry
-	4,  // 3: node.v1.ReportRequest.changes:type_name -> node.v1.Change
-	8,  // 4: node.v1.ReportRequest.load:type_name -> agent.v1.Load
-	9,  // 5: node.v1.Change.time:type_name -> google.protobuf.Timestamp
-	10, // 6: node.v1.Change.sandbox:type_name -> agent.v1.Sandbox
-	0,  // 7: node.v1.NodeService.Register:input_type -> node.v1.RegisterRequest
-	3,  // 8: node.v1.NodeService.Report:input_type -> node.v1.ReportRequest
-	2,  // 9: node.v1.NodeService.Register:output_type -> node.v1.RegisterResponse
-	5,  // 10: node.v1.NodeService.Report:output_type -> node.v1.ReportResponse
-	9,  // [9:11] is the sub-list for method output_type
-	7,  // [7:9] is the sub-list for method input_type
-	7,  // [7:7] is the sub-list for extension type_name
-	7,  // [7:7] is the sub-list for extension extendee
-	0,  // [0:7] is the sub-list for field type_name
+	7,  // 3: node.v1.RegisterRequest.machine:type_name -> agent.v1.Resources
+	4,  // 4: node.v1.ReportRequest.changes:type_name -> node.v1.Change
+	8,  // 5: node.v1.ReportRequest.load:type_name -> agent.v1.Load
+	9,  // 6: node.v1.Change.time:type_name -> google.protobuf.Timestamp
+	10, // 7: node.v1.Change.sandbox:type_name -> agent.v1.Sandbox
+	0,  // 8: node.v1.NodeService.Register:input_type -> node.v1.RegisterRequest
+	3,  // 9: node.v1.NodeService.Report:input_type -> node.v1.ReportRequest
+	2,  // 10: node.v1.NodeService.Register:output_type -> node.v1.RegisterResponse
+	5,  // 11: node.v1.NodeService.Report:output_type -> node.v1.ReportResponse
+	10, // [10:12] is the sub-list for method output_type
+	8,  // [8:10] is the sub-list for method input_type
+	8,  // [8:8] is the sub-list for extension type_name
+	8,  // [8:8] is the sub-list for extension extendee
+	0,  // [0:8] is the sub-list for field type_name
 }
 
 func init() { file_node_v1_node_proto_init() }

@@ -71,6 +71,20 @@ const (
 	// AgentServiceRemoveCheckpointProcedure is the fully-qualified name of the AgentService's
 	// RemoveCheckpoint RPC.
 	AgentServiceRemoveCheckpointProcedure = "/agent.v1.AgentService/RemoveCheckpoint"
+	// AgentServiceFetchProcedure is the fully-qualified name of the AgentService's Fetch RPC.
+	AgentServiceFetchProcedure = "/agent.v1.AgentService/Fetch"
+	// AgentServiceStoreProcedure is the fully-qualified name of the AgentService's Store RPC.
+	AgentServiceStoreProcedure = "/agent.v1.AgentService/Store"
+	// AgentServiceDepartProcedure is the fully-qualified name of the AgentService's Depart RPC.
+	AgentServiceDepartProcedure = "/agent.v1.AgentService/Depart"
+	// AgentServiceReceiveProcedure is the fully-qualified name of the AgentService's Receive RPC.
+	AgentServiceReceiveProcedure = "/agent.v1.AgentService/Receive"
+	// AgentServiceArriveProcedure is the fully-qualified name of the AgentService's Arrive RPC.
+	AgentServiceArriveProcedure = "/agent.v1.AgentService/Arrive"
+	// AgentServiceReturnProcedure is the fully-qualified name of the AgentService's Return RPC.
+	AgentServiceReturnProcedure = "/agent.v1.AgentService/Return"
+	// AgentServiceForgetProcedure is the fully-qualified name of the AgentService's Forget RPC.
+	AgentServiceForgetProcedure = "/agent.v1.AgentService/Forget"
 )
 
 // AgentServiceClient is a client for the agent.v1.AgentService service.
@@ -105,6 +119,24 @@ type AgentServiceClient interface {
 	Rollback(context.Context, *v1.RollbackRequest) (*v1.RollbackResponse, error)
 	// RemoveCheckpoint deletes a checkpoint as soon as nothing starts from it. An unknown one is no error.
 	RemoveCheckpoint(context.Context, *v1.RemoveCheckpointRequest) (*v1.RemoveCheckpointResponse, error)
+	// Fetch has the node get an image or a checkpoint from a peer or a bucket, and verify it; what it has is no error. Calls
+	// for the same thing join one transfer, and a transfer that broke off goes on where it was.
+	Fetch(context.Context, *v1.FetchRequest) (*v1.FetchResponse, error)
+	// Store has the node write a checkpoint to the bucket, for the case that the node is lost.
+	Store(context.Context, *v1.StoreRequest) (*v1.StoreResponse, error)
+	// Depart saves a sandbox, running or paused, for a move; it is migrating until Return or Forget says what became of it.
+	// Until its deadline nobody but those two decides.
+	Depart(context.Context, *v1.DepartRequest) (*v1.DepartResponse, error)
+	// Receive admits a sandbox that departed elsewhere, or that is brought back from a replica, and gets what it was saved in.
+	// It is migrating here until Arrive or Forget.
+	Receive(context.Context, *v1.ReceiveRequest) (*v1.ReceiveResponse, error)
+	// Arrive makes a received sandbox count: it is this node's from then on, running or paused as it was.
+	Arrive(context.Context, *v1.ArriveRequest) (*v1.ArriveResponse, error)
+	// Return lets a departed sandbox go on where it was, running or paused as it was.
+	Return(context.Context, *v1.ReturnRequest) (*v1.ReturnResponse, error)
+	// Forget drops a copy of a sandbox that is not the one that counts. An unknown one is no error; one of a higher
+	// generation is FAILED_PRECONDITION.
+	Forget(context.Context, *v1.ForgetRequest) (*v1.ForgetResponse, error)
 }
 
 // NewAgentServiceClient constructs a client for the agent.v1.AgentService service. By default, it
@@ -220,6 +252,48 @@ func NewAgentServiceClient(httpClient connect.HTTPClient, baseURL string, opts .
 			connect.WithSchema(agentServiceMethods.ByName("RemoveCheckpoint")),
 			connect.WithClientOptions(opts...),
 		),
+		fetch: connect.NewClient[v1.FetchRequest, v1.FetchResponse](
+			httpClient,
+			baseURL+AgentServiceFetchProcedure,
+			connect.WithSchema(agentServiceMethods.ByName("Fetch")),
+			connect.WithClientOptions(opts...),
+		),
+		store: connect.NewClient[v1.StoreRequest, v1.StoreResponse](
+			httpClient,
+			baseURL+AgentServiceStoreProcedure,
+			connect.WithSchema(agentServiceMethods.ByName("Store")),
+			connect.WithClientOptions(opts...),
+		),
+		depart: connect.NewClient[v1.DepartRequest, v1.DepartResponse](
+			httpClient,
+			baseURL+AgentServiceDepartProcedure,
+			connect.WithSchema(agentServiceMethods.ByName("Depart")),
+			connect.WithClientOptions(opts...),
+		),
+		receive: connect.NewClient[v1.ReceiveRequest, v1.ReceiveResponse](
+			httpClient,
+			baseURL+AgentServiceReceiveProcedure,
+			connect.WithSchema(agentServiceMethods.ByName("Receive")),
+			connect.WithClientOptions(opts...),
+		),
+		arrive: connect.NewClient[v1.ArriveRequest, v1.ArriveResponse](
+			httpClient,
+			baseURL+AgentServiceArriveProcedure,
+			connect.WithSchema(agentServiceMethods.ByName("Arrive")),
+			connect.WithClientOptions(opts...),
+		),
+		_return: connect.NewClient[v1.ReturnRequest, v1.ReturnResponse](
+			httpClient,
+			baseURL+AgentServiceReturnProcedure,
+			connect.WithSchema(agentServiceMethods.ByName("Return")),
+			connect.WithClientOptions(opts...),
+		),
+		forget: connect.NewClient[v1.ForgetRequest, v1.ForgetResponse](
+			httpClient,
+			baseURL+AgentServiceForgetProcedure,
+			connect.WithSchema(agentServiceMethods.ByName("Forget")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
@@ -242,6 +316,13 @@ type agentServiceClient struct {
 	snapshot         *connect.Client[v1.SnapshotRequest, v1.SnapshotResponse]
 	rollback         *connect.Client[v1.RollbackRequest, v1.RollbackResponse]
 	removeCheckpoint *connect.Client[v1.RemoveCheckpointRequest, v1.RemoveCheckpointResponse]
+	fetch            *connect.Client[v1.FetchRequest, v1.FetchResponse]
+	store            *connect.Client[v1.StoreRequest, v1.StoreResponse]
+	depart           *connect.Client[v1.DepartRequest, v1.DepartResponse]
+	receive          *connect.Client[v1.ReceiveRequest, v1.ReceiveResponse]
+	arrive           *connect.Client[v1.ArriveRequest, v1.ArriveResponse]
+	_return          *connect.Client[v1.ReturnRequest, v1.ReturnResponse]
+	forget           *connect.Client[v1.ForgetRequest, v1.ForgetResponse]
 }
 
 // Create calls agent.v1.AgentService.Create.
@@ -397,6 +478,69 @@ func (c *agentServiceClient) RemoveCheckpoint(ctx context.Context, req *v1.Remov
 	return nil, err
 }
 
+// Fetch calls agent.v1.AgentService.Fetch.
+func (c *agentServiceClient) Fetch(ctx context.Context, req *v1.FetchRequest) (*v1.FetchResponse, error) {
+	response, err := c.fetch.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// Store calls agent.v1.AgentService.Store.
+func (c *agentServiceClient) Store(ctx context.Context, req *v1.StoreRequest) (*v1.StoreResponse, error) {
+	response, err := c.store.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// Depart calls agent.v1.AgentService.Depart.
+func (c *agentServiceClient) Depart(ctx context.Context, req *v1.DepartRequest) (*v1.DepartResponse, error) {
+	response, err := c.depart.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// Receive calls agent.v1.AgentService.Receive.
+func (c *agentServiceClient) Receive(ctx context.Context, req *v1.ReceiveRequest) (*v1.ReceiveResponse, error) {
+	response, err := c.receive.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// Arrive calls agent.v1.AgentService.Arrive.
+func (c *agentServiceClient) Arrive(ctx context.Context, req *v1.ArriveRequest) (*v1.ArriveResponse, error) {
+	response, err := c.arrive.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// Return calls agent.v1.AgentService.Return.
+func (c *agentServiceClient) Return(ctx context.Context, req *v1.ReturnRequest) (*v1.ReturnResponse, error) {
+	response, err := c._return.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// Forget calls agent.v1.AgentService.Forget.
+func (c *agentServiceClient) Forget(ctx context.Context, req *v1.ForgetRequest) (*v1.ForgetResponse, error) {
+	response, err := c.forget.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
 // AgentServiceHandler is an implementation of the agent.v1.AgentService service.
 type AgentServiceHandler interface {
 	// Create admits, starts and returns a running sandbox. RESOURCE_EXHAUSTED means "try the next candidate".
@@ -429,6 +573,24 @@ type AgentServiceHandler interface {
 	Rollback(context.Context, *v1.RollbackRequest) (*v1.RollbackResponse, error)
 	// RemoveCheckpoint deletes a checkpoint as soon as nothing starts from it. An unknown one is no error.
 	RemoveCheckpoint(context.Context, *v1.RemoveCheckpointRequest) (*v1.RemoveCheckpointResponse, error)
+	// Fetch has the node get an image or a checkpoint from a peer or a bucket, and verify it; what it has is no error. Calls
+	// for the same thing join one transfer, and a transfer that broke off goes on where it was.
+	Fetch(context.Context, *v1.FetchRequest) (*v1.FetchResponse, error)
+	// Store has the node write a checkpoint to the bucket, for the case that the node is lost.
+	Store(context.Context, *v1.StoreRequest) (*v1.StoreResponse, error)
+	// Depart saves a sandbox, running or paused, for a move; it is migrating until Return or Forget says what became of it.
+	// Until its deadline nobody but those two decides.
+	Depart(context.Context, *v1.DepartRequest) (*v1.DepartResponse, error)
+	// Receive admits a sandbox that departed elsewhere, or that is brought back from a replica, and gets what it was saved in.
+	// It is migrating here until Arrive or Forget.
+	Receive(context.Context, *v1.ReceiveRequest) (*v1.ReceiveResponse, error)
+	// Arrive makes a received sandbox count: it is this node's from then on, running or paused as it was.
+	Arrive(context.Context, *v1.ArriveRequest) (*v1.ArriveResponse, error)
+	// Return lets a departed sandbox go on where it was, running or paused as it was.
+	Return(context.Context, *v1.ReturnRequest) (*v1.ReturnResponse, error)
+	// Forget drops a copy of a sandbox that is not the one that counts. An unknown one is no error; one of a higher
+	// generation is FAILED_PRECONDITION.
+	Forget(context.Context, *v1.ForgetRequest) (*v1.ForgetResponse, error)
 }
 
 // NewAgentServiceHandler builds an HTTP handler from the service implementation. It returns the
@@ -540,6 +702,48 @@ func NewAgentServiceHandler(svc AgentServiceHandler, opts ...connect.HandlerOpti
 		connect.WithSchema(agentServiceMethods.ByName("RemoveCheckpoint")),
 		connect.WithHandlerOptions(opts...),
 	)
+	agentServiceFetchHandler := connect.NewUnaryHandlerSimple(
+		AgentServiceFetchProcedure,
+		svc.Fetch,
+		connect.WithSchema(agentServiceMethods.ByName("Fetch")),
+		connect.WithHandlerOptions(opts...),
+	)
+	agentServiceStoreHandler := connect.NewUnaryHandlerSimple(
+		AgentServiceStoreProcedure,
+		svc.Store,
+		connect.WithSchema(agentServiceMethods.ByName("Store")),
+		connect.WithHandlerOptions(opts...),
+	)
+	agentServiceDepartHandler := connect.NewUnaryHandlerSimple(
+		AgentServiceDepartProcedure,
+		svc.Depart,
+		connect.WithSchema(agentServiceMethods.ByName("Depart")),
+		connect.WithHandlerOptions(opts...),
+	)
+	agentServiceReceiveHandler := connect.NewUnaryHandlerSimple(
+		AgentServiceReceiveProcedure,
+		svc.Receive,
+		connect.WithSchema(agentServiceMethods.ByName("Receive")),
+		connect.WithHandlerOptions(opts...),
+	)
+	agentServiceArriveHandler := connect.NewUnaryHandlerSimple(
+		AgentServiceArriveProcedure,
+		svc.Arrive,
+		connect.WithSchema(agentServiceMethods.ByName("Arrive")),
+		connect.WithHandlerOptions(opts...),
+	)
+	agentServiceReturnHandler := connect.NewUnaryHandlerSimple(
+		AgentServiceReturnProcedure,
+		svc.Return,
+		connect.WithSchema(agentServiceMethods.ByName("Return")),
+		connect.WithHandlerOptions(opts...),
+	)
+	agentServiceForgetHandler := connect.NewUnaryHandlerSimple(
+		AgentServiceForgetProcedure,
+		svc.Forget,
+		connect.WithSchema(agentServiceMethods.ByName("Forget")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/agent.v1.AgentService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case AgentServiceCreateProcedure:
@@ -576,6 +780,20 @@ func NewAgentServiceHandler(svc AgentServiceHandler, opts ...connect.HandlerOpti
 			agentServiceRollbackHandler.ServeHTTP(w, r)
 		case AgentServiceRemoveCheckpointProcedure:
 			agentServiceRemoveCheckpointHandler.ServeHTTP(w, r)
+		case AgentServiceFetchProcedure:
+			agentServiceFetchHandler.ServeHTTP(w, r)
+		case AgentServiceStoreProcedure:
+			agentServiceStoreHandler.ServeHTTP(w, r)
+		case AgentServiceDepartProcedure:
+			agentServiceDepartHandler.ServeHTTP(w, r)
+		case AgentServiceReceiveProcedure:
+			agentServiceReceiveHandler.ServeHTTP(w, r)
+		case AgentServiceArriveProcedure:
+			agentServiceArriveHandler.ServeHTTP(w, r)
+		case AgentServiceReturnProcedure:
+			agentServiceReturnHandler.ServeHTTP(w, r)
+		case AgentServiceForgetProcedure:
+			agentServiceForgetHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -651,4 +869,32 @@ func (UnimplementedAgentServiceHandler) Rollback(context.Context, *v1.RollbackRe
 
 func (UnimplementedAgentServiceHandler) RemoveCheckpoint(context.Context, *v1.RemoveCheckpointRequest) (*v1.RemoveCheckpointResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("agent.v1.AgentService.RemoveCheckpoint is not implemented"))
+}
+
+func (UnimplementedAgentServiceHandler) Fetch(context.Context, *v1.FetchRequest) (*v1.FetchResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("agent.v1.AgentService.Fetch is not implemented"))
+}
+
+func (UnimplementedAgentServiceHandler) Store(context.Context, *v1.StoreRequest) (*v1.StoreResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("agent.v1.AgentService.Store is not implemented"))
+}
+
+func (UnimplementedAgentServiceHandler) Depart(context.Context, *v1.DepartRequest) (*v1.DepartResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("agent.v1.AgentService.Depart is not implemented"))
+}
+
+func (UnimplementedAgentServiceHandler) Receive(context.Context, *v1.ReceiveRequest) (*v1.ReceiveResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("agent.v1.AgentService.Receive is not implemented"))
+}
+
+func (UnimplementedAgentServiceHandler) Arrive(context.Context, *v1.ArriveRequest) (*v1.ArriveResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("agent.v1.AgentService.Arrive is not implemented"))
+}
+
+func (UnimplementedAgentServiceHandler) Return(context.Context, *v1.ReturnRequest) (*v1.ReturnResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("agent.v1.AgentService.Return is not implemented"))
+}
+
+func (UnimplementedAgentServiceHandler) Forget(context.Context, *v1.ForgetRequest) (*v1.ForgetResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("agent.v1.AgentService.Forget is not implemented"))
 }

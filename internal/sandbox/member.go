@@ -1,0 +1,39 @@
+package sandbox
+
+import "regexp"
+
+// Role is what a member of the cluster does.
+type Role string
+
+// The roles.
+const (
+	RoleServer Role = "server"
+	RoleNode   Role = "node"
+	RoleProxy  Role = "proxy"
+)
+
+// Valid reports whether r is one of the roles.
+func (r Role) Valid() bool { return r == RoleServer || r == RoleNode || r == RoleProxy }
+
+// Member says who is at the other end of a connection between members. A node's ID is its NodeID; the ids of the other
+// roles have the same form.
+type Member struct {
+	Role Role
+	ID   string
+}
+
+// String writes the member as ROLE/ID.
+func (m Member) String() string { return string(m.Role) + "/" + m.ID }
+
+var memberIDForm = regexp.MustCompile(`^[a-z0-9]{6}$`)
+
+// CheckMember refuses what cannot be a member. Errors: ErrInvalid.
+func CheckMember(m Member) error {
+	if !m.Role.Valid() {
+		return Invalidf("role %.40q: want node, proxy or server", m.Role)
+	}
+	if !memberIDForm.MatchString(m.ID) {
+		return Invalidf("id %.40q: want 6 characters of a-z and 0-9", m.ID)
+	}
+	return nil
+}
