@@ -1,0 +1,254 @@
+package lifecycle
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/cloister-dev/cloister/internal/sandbox"
+)
+
+const (
+	// batch is how many sandboxes are decided about at once.
+	batch = 1024
+	// share is the part of what is carried out at once that one node may have, so that a slow one does not hold up others.
+	share = 4
+	// fullNode is the wait where a node has its share.
+	fullNode = 50 * time.Millisecond
+	// defaultAtOnce is how many decisions are carried out at the same time.
+	defaultAtOnce = 64
+	// idleTick bounds how long the loop sleeps, so that a clock that was set does not stop it.
+	idleTick = 10 * time.Second
+	// actTimeout bounds one decision's carrying out.
+	actTimeout = time.Minute
+	// maxBackoff bounds the wait after a decision that could not be carried out.
+	maxBackoff = 30 * time.Second
+)
+
+// cluster is what is known, and who carries decisions out. Commands name the generation that was decided about; another
+// one is ErrConflict.
+type cluster interface {
+	// Item returns what is known of a sandbox now; false where it is not, or has ended.
+	Item(id sandbox.ID) (Item, bool)
+	Kill(ctx context.Context, id sandbox.ID, generation int64, reason string) error
+	Pause(ctx context.Context, id sandbox.ID, generation int64) error
+}
+
+// Config is what a Loop is made of. Cluster and Log are required.
+type Config struct {
+	Cluster cluster
+	Log     *slog.Logger
+	Policy  Policy
+	// AtOnce is how many decisions are carried out at the same time; 64 by default, so that creates are not starved.
+	AtOnce int
+}
+
+// Loop is THE cluster's reconcile loop of sandboxes' ends.
+type Loop struct {
+	cluster cluster
+	log     *slog.Logger
+	policy  Policy
+	atOnce  int
+	wake    chan struct{} // of capacity 1
+
+	mu    sync.Mutex
+	queue *queue
+	// acting counts what is being carried out, by node.
+	acting map[sandbox.NodeID]int
+
+	stats Stats
+}
+
+// Stats counts what a Loop has done.
+type Stats struct {
+	Killed, Paused, Refused, Failed atomic.Int64
+	// LastLag is by how much the newest decision was late, in nanoseconds; LastRun when the loop last looked, in Unix
+	// nanoseconds.
+	LastLag, LastRun atomic.Int64
+}
+
+// New returns a Loop that decides nothing before Lead.
+func New(cfg Config) *Loop {
+	if cfg.AtOnce <= 0 {
+		cfg.AtOnce = defaultAtOnce
+	}
+	return &Loop{
+		cluster: cfg.Cluster, log: cfg.Log, policy: cfg.Policy.WithDefaults(), atOnce: cfg.AtOnce,
+		wake: make(chan struct{}, 1), queue: newQueue(), acting: make(map[sandbox.NodeID]int),
+	}
+}
+
+// Stats returns the counters.
+func (l *Loop) Stats() *Stats { return &l.stats }
+
+// Waiting returns how many sandboxes have an end that is waited for.
+func (l *Loop) Waiting() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return len(l.queue.at)
+}
+
+// Observe takes news about a sandbox. It costs little, and is right at any time, leading or not.
+func (l *Loop) Observe(s *sandbox.Sandbox) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if s.State != sandbox.StateRunning || s.EndAt.IsZero() {
+		l.queue.drop(s.ID)
+		return
+	}
+	before, had := l.queue.next()
+	l.queue.set(s.ID, s.EndAt)
+	if !had || s.EndAt.Before(before) {
+		signal(l.wake)
+	}
+}
+
+// Forget drops a sandbox of which nothing is known any more.
+func (l *Loop) Forget(id sandbox.ID) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.queue.drop(id)
+}
+
+func signal(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
+// Lead decides and has decisions carried out until ctx ends: that is, for as long as this server leads. It returns when what
+// was begun has ended.
+func (l *Loop) Lead(ctx context.Context) {
+	var g errgroup.Group
+	g.SetLimit(l.atOnce)
+	defer func() { _ = g.Wait() }() // they return no errors
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-timer.C:
+		case <-l.wake:
+		}
+		for ctx.Err() == nil && l.step(ctx, &g) {
+		}
+		timer.Reset(l.sleep(time.Now()))
+	}
+}
+
+func (l *Loop) sleep(now time.Time) time.Duration {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	due, ok := l.queue.next()
+	if !ok {
+		return idleTick
+	}
+	return min(idleTick, max(0, due.Sub(now)))
+}
+
+// step decides about what is due, and reports whether more may be.
+func (l *Loop) step(ctx context.Context, g *errgroup.Group) bool {
+	now := time.Now()
+	l.stats.LastRun.Store(now.UnixNano())
+	l.mu.Lock()
+	taken := l.queue.take(now, batch)
+	l.mu.Unlock()
+	if len(taken) == 0 {
+		return false
+	}
+	items := make([]Item, 0, len(taken))
+	tries := make([]int, 0, len(taken))
+	for i := range taken {
+		if it, ok := l.cluster.Item(taken[i].id); ok {
+			items, tries = append(items, it), append(tries, taken[i].tries)
+		}
+	}
+	for i, v := range Plan(now, items, l.policy) {
+		switch v.Kind {
+		case Nothing:
+		case Wait:
+			l.again(v.ID, v.At, 0)
+		case Kill, Pause:
+			l.dispatch(ctx, g, &items[i], v, tries[i])
+		}
+	}
+	return len(taken) == batch
+}
+
+// dispatch has a decision carried out, or puts it off where the node has enough to do.
+func (l *Loop) dispatch(ctx context.Context, g *errgroup.Group, it *Item, v Verdict, tries int) {
+	node, now := it.Sandbox.NodeID, time.Now()
+	l.mu.Lock()
+	full := l.acting[node] >= max(1, l.atOnce/share)
+	if !full {
+		l.acting[node]++
+	}
+	l.mu.Unlock()
+	if full {
+		l.again(v.ID, now.Add(fullNode), tries)
+		return
+	}
+	l.stats.LastLag.Store(int64(now.Sub(End(&it.Sandbox, it.Activity))))
+	g.Go(func() error {
+		l.act(ctx, v, tries)
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		if l.acting[node]--; l.acting[node] == 0 {
+			delete(l.acting, node)
+		}
+		return nil
+	})
+}
+
+// again has a sandbox looked at again, unless news came meanwhile.
+func (l *Loop) again(id sandbox.ID, at time.Time, tries int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.queue.at[id] != nil {
+		return
+	}
+	l.queue.set(id, at)
+	l.queue.at[id].tries = tries
+	signal(l.wake)
+}
+
+// act carries a decision out. One that the node refuses as stale, or that could not be carried out, is made anew.
+func (l *Loop) act(ctx context.Context, v Verdict, tries int) {
+	ctx, cancel := context.WithTimeout(ctx, actTimeout)
+	defer cancel()
+	var err error
+	if v.Kind == Kill {
+		err = l.cluster.Kill(ctx, v.ID, v.Generation, v.Reason)
+	} else {
+		err = l.cluster.Pause(ctx, v.ID, v.Generation)
+	}
+	switch {
+	case err == nil && v.Kind == Kill:
+		l.stats.Killed.Add(1)
+	case err == nil:
+		l.stats.Paused.Add(1)
+	case errors.Is(err, sandbox.ErrNotFound):
+	case errors.Is(err, sandbox.ErrConflict):
+		l.stats.Refused.Add(1)
+		l.again(v.ID, time.Now().Add(backoff(tries)), tries+1)
+	default:
+		l.stats.Failed.Add(1)
+		wait := backoff(tries)
+		l.log.LogAttrs(ctx, slog.LevelWarn, "sandbox's end not carried out, trying again", slog.String("op", string(v.Kind)),
+			slog.String("sandbox_id", string(v.ID)), slog.Duration("in", wait), slog.Any("err", err))
+		l.again(v.ID, time.Now().Add(wait), tries+1)
+	}
+}
+
+// backoff is the wait before try number tries+2: 100 ms, doubled each time, at most 30 s.
+func backoff(tries int) time.Duration {
+	const first = 100 * time.Millisecond
+	return min(maxBackoff, first<<min(tries, 16))
+}
