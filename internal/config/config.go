@@ -23,7 +23,7 @@ type Config struct {
 	NodeName    string `name:"node-name" help:"name of this machine in lists; default: its host name"`
 
 	APIAddr        string `name:"api-addr" group:"Listening" help:"address of the E2B and /v1 API"`
-	ProxyAddr      string `name:"proxy-addr" help:"address of the proxy for sandbox traffic"`
+	ProxyAddr      string `name:"proxy-addr" help:"address of the proxy for sandbox traffic; empty leaves it to proxies on other machines (cloister server only)"`
 	DebugAddr      string `name:"debug-addr" help:"loopback address for pprof and unauthenticated metrics; empty switches it off"`
 	Domain         string `name:"domain" help:"domain below which sandboxes have host names: PORT-ID.DOMAIN; may carry a port; empty accepts any"`
 	PublicAPIURL   string `name:"public-api-url" help:"URL by which clients reach the API; default: from api-addr"`
@@ -31,6 +31,22 @@ type Config struct {
 	TLSCert        string `name:"tls-cert" help:"PEM file with the certificate chain of API and proxy; read again when it changes"`
 	TLSKey         string `name:"tls-key" help:"PEM file with the certificate's private key"`
 	InsecureListen bool   `name:"insecure-listen" help:"allow listening beyond loopback without TLS, for use behind a proxy that adds it"`
+
+	ClusterAddr       string        `name:"cluster-addr" group:"Cluster" help:"address that joining machines and members reach a server on, with mutual TLS by the cluster's own authority; cloister up opens it once a join token was made"`
+	ClusterAdvertise  string        `name:"cluster-advertise" help:"HOST:PORT of cluster-addr as other machines reach it; default: this machine's address on its default route"`
+	NodeAddr          string        `name:"node-addr" help:"address that proxies and other nodes reach a joined node on, with mutual TLS; empty where none can: then its traffic goes by way of the server"`
+	NodeAddress       string        `name:"node-address" help:"HOST or HOST:PORT of node-addr as other machines reach it; default: this machine's address on its way to the server"`
+	NodeLabels        []string      `name:"node-labels" help:"labels of this node, as KEY=VALUE"`
+	CertificateLife   time.Duration `name:"certificate-life" help:"how long a member's certificate is valid; it is renewed at a half to two thirds of that"`
+	SnapshotReplicas  int           `name:"snapshot-replicas" help:"how many nodes keep what a sandbox is paused in, where there are so many; 1 keeps it on its own node alone"`
+	TemplatePlacement string        `name:"template-placement" help:"which nodes have a template before it is asked for there: on_demand (none), all, or a number of nodes"`
+
+	S3Endpoint  string `name:"s3-endpoint" group:"Bucket" help:"URL of an S3-compatible service that keeps copies of what sandboxes are paused in"`
+	S3Bucket    string `name:"s3-bucket" help:"its bucket; empty keeps no copies there"`
+	S3Region    string `name:"s3-region" help:"its region"`
+	S3AccessKey string `name:"s3-access-key" help:"its access key"`
+	S3SecretKey string `name:"s3-secret-key" secret:"true" help:"its secret key"`
+	S3Prefix    string `name:"s3-prefix" help:"what the names of all objects in the bucket begin with"`
 
 	DefaultTemplate  string        `name:"default-template" group:"Templates" help:"template that the first start builds and that a create without one uses"`
 	BaseSources      []string      `name:"base-sources" help:"sources of the default template, tried in order: registry reference, oci:PATH, docker-archive:PATH, dir:PATH, debian:SUITE"`
@@ -85,6 +101,12 @@ const (
 	StorageImage = "image"
 )
 
+// The words of TemplatePlacement.
+const (
+	PlaceOnDemand = "on_demand"
+	PlaceAll      = "all"
+)
+
 // leastStorage is the smallest StorageSize: XFS wants 300 MiB, and a template and a sandbox more.
 const leastStorage = 512 << 20
 
@@ -92,6 +114,8 @@ const leastStorage = 512 << 20
 func Default() *Config {
 	return &Config{
 		DataDir: "/var/lib/cloister", Storage: StorageAuto, APIAddr: "127.0.0.1:3000", ProxyAddr: "127.0.0.1:3002",
+		ClusterAddr: ":3003", NodeAddr: ":3004", CertificateLife: 24 * time.Hour, SnapshotReplicas: 2, TemplatePlacement: PlaceOnDemand,
+		S3Region:        "us-east-1",
 		DefaultTemplate: "base", BaseSources: []string{"e2bdev/base:latest", "debian:bookworm"}, RegistryTimeout: 5 * time.Second,
 		SandboxCPU: 2, SandboxMemory: 512 << 20, SandboxDisk: 10 << 30, MaxTimeout: 24 * time.Hour,
 		PoolMin: 4, PoolMax: 32, MaxSandboxes: 2000, ReservedMemory: 1 << 30, ReservedDisk: 2 << 30,

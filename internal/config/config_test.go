@@ -83,6 +83,17 @@ func TestErrorsNameValueAndRemedy(t *testing.T) {
 		{"level", []string{"--log-level", "loud"}, "", []string{"loud", "debug"}},
 		{"pool", []string{"--pool-min", "9", "--pool-max", "3"}, "", []string{"pool-max 3"}},
 		{"resolver", []string{"--resolvers", "127.0.0.53"}, "", []string{"127.0.0.53"}},
+		{"cluster port", []string{"--cluster-addr", "3003"}, "", []string{`"3003"`, ":3003"}},
+		{"advertised without a host", []string{"--cluster-advertise", ":3003"}, "", []string{"cluster-advertise", "HOST:PORT"}},
+		{"address of a node that does not listen", []string{"--node-addr", "", "--node-address", "192.0.2.7"}, "", []string{"192.0.2.7", "node-addr"}},
+		{"address of a node", []string{"--node-address", "a b"}, "", []string{`"a b"`, "192.0.2.7"}},
+		{"label", []string{"--node-labels", "rack"}, "", []string{"rack", "KEY=VALUE"}},
+		{"own label", []string{"--node-labels", "cloister.dev/x=1"}, "", []string{"cloister.dev/", "choose another"}},
+		{"certificate life", []string{"--certificate-life", "1s"}, "", []string{"certificate-life 1s", "10s"}},
+		{"replicas", []string{"--snapshot-replicas", "0"}, "", []string{"snapshot-replicas 0", "1 to"}},
+		{"placement", []string{"--template-placement", "some"}, "", []string{"some", "on_demand"}},
+		{"bucket without endpoint", []string{"--s3-bucket", "b"}, "", []string{"s3-endpoint", "s3-secret-key"}},
+		{"endpoint without bucket", []string{"--s3-endpoint", "http://h"}, "", []string{"s3-bucket is not"}},
 		{"unknown key", nil, "data-dirr: /x\n", []string{"line 1", "data-dirr"}},
 		{"bad size", nil, "sandbox-memory: lots\n", []string{"lots", "512MiB"}},
 		{"nested", nil, "pool-max: {a: 1}\n", []string{"plain value"}},
@@ -103,6 +114,15 @@ func TestErrorsNameValueAndRemedy(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+func TestPlacementCount(t *testing.T) {
+	for text, want := range map[string]int{"on_demand": 0, "all": -1, "3": 3} {
+		c, err := load(t, nil, "--template-placement", text)
+		if err != nil || c.PlacementCount() != want {
+			t.Errorf("template-placement %s: %v, %v; want %d", text, c, err, want)
+		}
 	}
 }
 

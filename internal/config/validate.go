@@ -14,11 +14,14 @@ import (
 
 // validate returns everything that is wrong, each with the setting, its value and the remedy.
 func (c *Config) validate() error {
-	return errors.Join(c.validateListening(), c.validateSizes(), c.validateNetwork(), c.validateOperation())
+	return errors.Join(c.validateListening(), c.validateSizes(), c.validateNetwork(), c.validateOperation(), c.validateCluster(), c.validateBucket())
 }
 
 func (c *Config) validateListening() error {
-	errs := []error{c.validateAddr("api-addr", c.APIAddr), c.validateAddr("proxy-addr", c.ProxyAddr)}
+	errs := []error{c.validateAddr("api-addr", c.APIAddr)}
+	if c.ProxyAddr != "" {
+		errs = append(errs, c.validateAddr("proxy-addr", c.ProxyAddr))
+	}
 	if c.DebugAddr != "" {
 		errs = append(errs, c.validateAddr("debug-addr", c.DebugAddr))
 	}
