@@ -77,7 +77,7 @@ type Config struct {
 	Retention time.Duration
 }
 
-// Deps is what an Agent works with. All fields but Dial, Registerer and Logger are required.
+// Deps is what an Agent works with. All fields but Peers, Bucket, Dial, Registerer and Logger are required.
 type Deps struct {
 	Journal *journal.Journal
 	Engine  engine.Engine
@@ -86,6 +86,10 @@ type Deps struct {
 	// Snapshots keeps checkpoints; the Agent calls its Recover.
 	Snapshots checkpoints
 	Server    nodev1connect.NodeServiceClient
+	// Peers connects to other nodes, for images and checkpoints that they have. Nil: there are none.
+	Peers peers
+	// Bucket keeps checkpoints for the case that nodes are lost. Nil: there is none.
+	Bucket bucketStore
 	// Dial connects to guests. Default: a net.Dialer.
 	Dial       func(ctx context.Context, network, address string) (net.Conn, error)
 	Registerer prometheus.Registerer

@@ -2,6 +2,8 @@ package agent
 
 import (
 	"context"
+	"io"
+	"net"
 
 	"github.com/cloister-dev/cloister/internal/guestnet"
 	"github.com/cloister-dev/cloister/internal/image"
@@ -40,6 +42,19 @@ type checkpoints interface {
 	Remove(id string) error
 	Recover(ctx context.Context) error
 	Bytes() int64
+}
+
+// peers connects to other nodes. The connection carries HTTP to what Artifacts of that node serves.
+type peers interface {
+	DialPeer(ctx context.Context, node sandbox.NodeID, address string) (net.Conn, error)
+}
+
+// bucketStore keeps files by name. A size of -1 is one that is not known.
+type bucketStore interface {
+	Put(ctx context.Context, name string, r io.Reader, size int64) error
+	Get(ctx context.Context, name string, from int64) (io.ReadCloser, error)
+	List(ctx context.Context, prefix string) ([]string, error)
+	Remove(ctx context.Context, name string) error
 }
 
 func fromAttachment(a *guestnet.Attachment) journal.Network {

@@ -7,16 +7,6 @@ import (
 	"github.com/cloister-dev/cloister/internal/sandbox"
 )
 
-// Fetch gets an image or a checkpoint from a peer.
-func (a *Agent) Fetch(context.Context, *agentv1.FetchRequest) (*agentv1.FetchResponse, error) {
-	return nil, toWireError(sandbox.Unsupportedf("this node cannot fetch yet"))
-}
-
-// Store writes a checkpoint to the bucket.
-func (a *Agent) Store(context.Context, *agentv1.StoreRequest) (*agentv1.StoreResponse, error) {
-	return nil, toWireError(sandbox.Unsupportedf("this node has no bucket yet"))
-}
-
 // Depart saves a sandbox for a move.
 func (a *Agent) Depart(context.Context, *agentv1.DepartRequest) (*agentv1.DepartResponse, error) {
 	return nil, toWireError(sandbox.Unsupportedf("this node cannot move sandboxes yet"))
