@@ -445,7 +445,7 @@ func TestShutdown(t *testing.T) {
 	if got := <-waiting; got.status != http.StatusServiceUnavailable {
 		t.Errorf("the open request: %+v", got)
 	}
-	if fail := r.proxy.forwarder.guests.join(&exchange{dest: destination{target: target{id: testID}}}); fail == nil || fail.cause != causeShutdown {
+	if _, fail := r.proxy.forwarder.guests.join(destination{target: target{id: testID}}, &exchange{}); fail == nil || fail.cause != causeShutdown {
 		t.Errorf("a request after the end: %+v", fail)
 	}
 }

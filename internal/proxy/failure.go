@@ -201,7 +201,7 @@ func orAny(headers string) string {
 
 // body returns the answer and its content type.
 func (f *failure) body(r *http.Request) ([]byte, string) {
-	if f.status >= http.StatusBadRequest && navigates(r) {
+	if f.status >= http.StatusBadRequest && navigates(r.Header) {
 		var page bytes.Buffer
 		if err := failureTemplate.Execute(&page, f.page(r.Host)); err == nil {
 			return page.Bytes(), "text/html; charset=utf-8"
@@ -244,8 +244,7 @@ func preflight(r *http.Request) bool {
 
 // navigates reports whether a person is to see the answer, rather than a program. Browsers say so; of those that do not,
 // a browser's name without any mark of a script's request counts.
-func navigates(r *http.Request) bool {
-	h := r.Header
+func navigates(h fields) bool {
 	if mode := h.Get("Sec-Fetch-Mode"); mode == "navigate" {
 		return true
 	}

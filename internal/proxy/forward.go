@@ -57,11 +57,13 @@ func (f *forwarder) forward(w http.ResponseWriter, r *http.Request, dest destina
 			_ = ex.control.EnableFullDuplex() // a writer that cannot answers before it reads; nothing is lost but time
 		}
 	}
-	if fail := f.guests.join(ex); fail != nil {
+	joined, fail := f.guests.join(dest, ex)
+	if fail != nil {
 		cancel(nil)
 		return fail
 	}
-	defer f.guests.leave(ex)
+	ex.transport = joined.transport
+	defer f.guests.leave(dest.id, ex)
 	defer ex.finish()
 	reverse := f.reverse
 	reverse.Rewrite, reverse.Transport, reverse.BufferPool = ex.rewrite, ex, ex
@@ -160,27 +162,36 @@ func prefixLocation(h http.Header, prefix, host string) {
 
 // failed is called when the guest gave no answer; forward returns what it finds.
 func (ex *exchange) failed(_ http.ResponseWriter, r *http.Request, err error) {
-	ex.fail = ex.forwarder.diagnose(r.Context(), ex, err)
+	broken, stopped := ex.brokenBy()
+	left := !stopped && (r.Context().Err() != nil || ex.upload != nil && ex.upload.failed.Load())
+	ex.fail = ex.forwarder.diagnose(context.WithoutCancel(r.Context()), ex.dest, unanswered{err: err, cut: context.Cause(r.Context()), broken: broken, clientLeft: left})
+}
+
+// unanswered is what a request met instead of an answer.
+type unanswered struct {
+	err        error
+	cut        error // why it was cut from outside, if it was
+	broken     error // how the guest's connection broke, if it did
+	clientLeft bool
 }
 
 // diagnose says why a guest gave no answer.
-func (f *forwarder) diagnose(ctx context.Context, ex *exchange, err error) *failure {
-	t := ex.dest.target
+func (f *forwarder) diagnose(ctx context.Context, dest destination, u unanswered) *failure {
+	t, err := dest.target, u.err
 	var dial *dialError
-	broken, stopped := ex.brokenBy()
-	switch cut := context.Cause(ctx); {
-	case errors.Is(cut, errShutdown):
+	switch {
+	case errors.Is(u.cut, errShutdown):
 		return shuttingDown(t, err)
-	case errors.Is(cut, errSandboxEnded):
-		return f.sandboxEnded(context.WithoutCancel(ctx), ex.dest, err)
+	case errors.Is(u.cut, errSandboxEnded):
+		return f.sandboxEnded(ctx, dest, err)
 	case errors.As(err, &dial) && (errors.Is(err, sandbox.ErrNotFound) || errors.Is(err, sandbox.ErrConflict)):
-		return f.nodeLacks(context.WithoutCancel(ctx), ex.dest, err)
+		return f.nodeLacks(ctx, dest, err)
 	case errors.As(err, &dial):
 		return undialled(t, dial)
-	case !stopped && (ctx.Err() != nil || ex.upload != nil && ex.upload.failed.Load()):
+	case u.clientLeft:
 		return clientGone(t, err)
-	case errors.Is(err, errSandboxEnded), errors.Is(broken, errSandboxEnded), f.hasEnded(context.WithoutCancel(ctx), ex.dest):
-		return f.sandboxEnded(context.WithoutCancel(ctx), ex.dest, err)
+	case errors.Is(err, errSandboxEnded), errors.Is(u.broken, errSandboxEnded), f.hasEnded(ctx, dest):
+		return f.sandboxEnded(ctx, dest, err)
 	}
 	return &failure{
 		status: http.StatusBadGateway, cause: causeGuest, id: t.id, port: t.port, title: "No Answer",

@@ -39,55 +39,72 @@ type guests struct {
 	joined    sync.WaitGroup // grows only under mu and while not closed
 }
 
+// conns are the connections to one sandbox, as it was at one time: those of net/http's path and those of the fast one.
+type conns struct {
+	transport *http.Transport
+	pool      *pool
+}
+
+// forget closes what is idle, now and whenever it becomes so.
+func (c conns) forget() {
+	c.transport.CloseIdleConnections()
+	c.pool.close()
+}
+
+// openRequest is a request on its way, on either path.
+type openRequest interface {
+	// cut ends the request from outside. It may be called after the request has left.
+	cut(why error)
+}
+
 // guest is one sandbox. Its fields are guarded by guests.mu.
 type guest struct {
 	generation int64
-	transport  *http.Transport
-	open       map[*exchange]struct{}
-	lastUsed   time.Time
+	conns
+	open     map[openRequest]struct{}
+	lastUsed time.Time
 }
 
 // join enters a request and gives it the connections to its sandbox. A leave follows every join that did not fail.
-func (g *guests) join(ex *exchange) *failure {
-	stale, fail := g.enter(ex, time.Now())
-	for _, t := range stale {
-		t.CloseIdleConnections()
+func (g *guests) join(dest destination, r openRequest) (conns, *failure) {
+	c, stale, fail := g.enter(dest, r, time.Now())
+	for _, old := range stale {
+		old.forget()
 	}
-	return fail
+	return c, fail
 }
 
-// enter does join's work under the lock; the caller closes the idle connections of what it returns.
-func (g *guests) enter(ex *exchange, now time.Time) ([]*http.Transport, *failure) {
+// enter does join's work under the lock; the caller forgets what it returns.
+func (g *guests) enter(dest destination, r openRequest, now time.Time) (conns, []conns, *failure) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.closed {
-		return nil, shuttingDown(ex.dest.target, errShutdown)
+		return conns{}, nil, shuttingDown(dest.target, errShutdown)
 	}
 	stale := g.sweepLocked(now)
-	gu := g.byID[ex.dest.id]
+	gu := g.byID[dest.id]
 	switch {
 	case gu == nil:
-		gu = &guest{generation: ex.dest.generation, transport: g.newTransport(ex.dest.id), open: make(map[*exchange]struct{})}
-		g.byID[ex.dest.id] = gu
+		gu = &guest{generation: dest.generation, conns: g.newConns(dest.id), open: make(map[openRequest]struct{})}
+		g.byID[dest.id] = gu
 	case len(gu.open) >= g.maxRequests:
-		return stale, tooMany(ex.dest.target)
-	case gu.generation < ex.dest.generation:
-		stale = append(stale, gu.transport)
-		gu.generation, gu.transport = ex.dest.generation, g.newTransport(ex.dest.id)
+		return conns{}, stale, tooMany(dest.target)
+	case gu.generation < dest.generation:
+		stale = append(stale, gu.conns)
+		gu.generation, gu.conns = dest.generation, g.newConns(dest.id)
 	}
-	gu.open[ex] = struct{}{}
+	gu.open[r] = struct{}{}
 	gu.lastUsed = now
-	ex.transport = gu.transport
 	g.joined.Add(1)
-	return stale, nil
+	return gu.conns, stale, nil
 }
 
 // leave takes a request out again.
-func (g *guests) leave(ex *exchange) {
+func (g *guests) leave(id sandbox.ID, r openRequest) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if gu := g.byID[ex.dest.id]; gu != nil {
-		delete(gu.open, ex)
+	if gu := g.byID[id]; gu != nil {
+		delete(gu.open, r)
 	}
 	g.joined.Done()
 }
@@ -117,27 +134,31 @@ func (gu *guest) cut(why error) {
 	if gu == nil {
 		return
 	}
-	for ex := range gu.open {
-		ex.cut(why)
+	for r := range gu.open {
+		r.cut(why)
 	}
-	gu.transport.CloseIdleConnections()
+	gu.forget()
 }
 
 // sweepLocked forgets, now and then, sandboxes that nobody has asked for in a while. It returns what the caller shall
-// close after unlocking.
-func (g *guests) sweepLocked(now time.Time) []*http.Transport {
+// forget after unlocking.
+func (g *guests) sweepLocked(now time.Time) []conns {
 	if now.Sub(g.lastSweep) < sweepInterval {
 		return nil
 	}
 	g.lastSweep = now
-	var stale []*http.Transport
+	var stale []conns
 	for id, gu := range g.byID {
 		if len(gu.open) == 0 && now.Sub(gu.lastUsed) > guestTTL {
-			stale = append(stale, gu.transport)
+			stale = append(stale, gu.conns)
 			delete(g.byID, id)
 		}
 	}
 	return stale
+}
+
+func (g *guests) newConns(id sandbox.ID) conns {
+	return conns{transport: g.newTransport(id), pool: newPool()}
 }
 
 // newTransport returns a pool of connections to one sandbox. A transport that was told to close its idle connections
@@ -166,8 +187,6 @@ func (e *dialError) Unwrap() error { return e.err }
 
 // dial connects to the port in addr, which is guestAddr's.
 func (g *guests) dial(ctx context.Context, id sandbox.ID, addr string) (net.Conn, error) {
-	ctx, cancel := context.WithTimeout(ctx, g.dialTimeout)
-	defer cancel()
 	_, portText, err := net.SplitHostPort(addr)
 	if err != nil {
 		return nil, &dialError{fmt.Errorf("dial sandbox %s: %w", id, err)}
@@ -176,12 +195,23 @@ func (g *guests) dial(ctx context.Context, id sandbox.ID, addr string) (net.Conn
 	if err != nil {
 		return nil, &dialError{fmt.Errorf("dial sandbox %s: %w", id, err)}
 	}
+	conn, err := g.connect(ctx, id, port)
+	if err != nil {
+		return nil, err
+	}
+	return &guestConn{Conn: conn}, nil
+}
+
+// connect opens a connection to a port. Errors are dialErrors.
+func (g *guests) connect(ctx context.Context, id sandbox.ID, port uint16) (net.Conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, g.dialTimeout)
+	defer cancel()
 	conn, err := g.dialer.DialGuest(ctx, id, port)
 	g.metrics.dialed(err)
 	if err != nil {
 		return nil, &dialError{fmt.Errorf("dial sandbox %s port %d: %w", id, port, err)}
 	}
-	return &guestConn{Conn: conn}, nil
+	return conn, nil
 }
 
 // guestAddr is the authority that stands for a port inside a sandbox; only dial reads it.

@@ -21,14 +21,24 @@ type resolver struct {
 	signatures signatures
 }
 
+// resolve decides for a request of net/http's.
 func (rs *resolver) resolve(r *http.Request) (destination, *failure) {
 	if r.Method == http.MethodConnect {
-		return destination{}, &failure{status: http.StatusMethodNotAllowed, cause: causeBadRequest, message: "CONNECT is not supported: send the request itself"}
+		return destination{}, connectRefused()
 	}
 	h, err := headOf(r)
 	if err != nil {
 		return destination{}, badRequest(err)
 	}
+	return rs.resolveHead(r.Context(), h)
+}
+
+func connectRefused() *failure {
+	return &failure{status: http.StatusMethodNotAllowed, cause: causeBadRequest, message: "CONNECT is not supported: send the request itself"}
+}
+
+// resolveHead decides by a head that somebody has read. ctx ends when the client leaves.
+func (rs *resolver) resolveHead(ctx context.Context, h head) (destination, *failure) {
 	t, err := rs.rules.parse(h)
 	if err != nil {
 		return destination{}, badRequest(err)
@@ -39,10 +49,10 @@ func (rs *resolver) resolve(r *http.Request) (destination, *failure) {
 	if t.port == GuestAgentPort && internalRoute(t.path) {
 		return destination{}, refusedRoute(t)
 	}
-	if t.form == formPath && t.path == "/" && t.prefix == h.path && navigates(r) {
+	if t.form == formPath && t.path == "/" && t.prefix == h.path && navigates(h.fields) {
 		return destination{}, slashMissing(t, h.query)
 	}
-	return rs.find(r.Context(), t)
+	return rs.find(ctx, t)
 }
 
 // find looks the target's sandbox up.

@@ -43,6 +43,13 @@ type head struct {
 	ports  []string // the values of E2b-Sandbox-Port
 	// preflightMethod is the method that a CORS preflight asks about.
 	preflightMethod string
+	fields          fields
+}
+
+// fields are the header fields of a request.
+type fields interface {
+	// Get returns the first value of a field by its canonical name, or nothing.
+	Get(name string) string
 }
 
 // headOf returns the head of r. A request target that is not a path is ErrInvalid.
@@ -53,7 +60,7 @@ func headOf(r *http.Request) (head, error) {
 	}
 	h := head{
 		method: r.Method, host: r.Host, path: escaped, query: r.URL.RawQuery,
-		ids: r.Header.Values(headerSandboxID), ports: r.Header.Values(headerSandboxPort),
+		ids: r.Header.Values(headerSandboxID), ports: r.Header.Values(headerSandboxPort), fields: r.Header,
 	}
 	if r.Method == http.MethodOptions {
 		h.preflightMethod = r.Header.Get("Access-Control-Request-Method")
