@@ -1,0 +1,78 @@
+package routes
+
+import (
+	"context"
+	"log/slog"
+	"time"
+
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	proxyv1 "github.com/cloister-dev/cloister/internal/gen/proxy/v1"
+	"github.com/cloister-dev/cloister/internal/sandbox"
+)
+
+// reporter tells the server what sandboxes are used for. What a report that was not acknowledged said is said again.
+type reporter struct {
+	table    *Table
+	traffic  traffic
+	sequence int64
+	// since is until when everything is acknowledged; full that the server may have forgotten what was.
+	since time.Time
+	full  bool
+	every time.Duration
+}
+
+// report reports until ctx ends.
+func (t *Table) report(ctx context.Context, tr traffic) {
+	rp := &reporter{table: t, traffic: tr, full: true, every: t.cfg.ReportEvery}
+	for {
+		if err := rp.send(ctx); err != nil && ctx.Err() == nil {
+			t.log.LogAttrs(ctx, slog.LevelDebug, "activity not reported", slog.Any("err", err))
+		}
+		wait := time.NewTimer(rp.every)
+		select {
+		case <-ctx.Done():
+			wait.Stop()
+			return
+		case <-wait.C:
+		}
+	}
+}
+
+// send makes one report.
+func (rp *reporter) send(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, rp.table.cfg.CallTimeout)
+	defer cancel()
+	since, now := rp.since, time.Now()
+	if rp.full {
+		since = time.Time{}
+	}
+	rp.sequence++
+	resp, err := rp.table.server.Report(ctx, &proxyv1.ReportRequest{
+		Sequence: rp.sequence, Activities: activitiesToWire(rp.traffic.Activities(since)), Full: rp.full,
+	})
+	if err != nil {
+		rp.full = true
+		rp.table.metrics.reports.WithLabelValues("failed").Inc()
+		return fromServer(ctx, err)
+	}
+	if within := resp.GetWithin().AsDuration(); within > 0 {
+		rp.every = min(rp.table.cfg.ReportEvery, within/3)
+	}
+	if resp.GetAcknowledgedSequence() != rp.sequence {
+		rp.full = true
+		rp.table.metrics.reports.WithLabelValues("refused").Inc()
+		return nil
+	}
+	rp.since, rp.full = now, false
+	rp.table.metrics.reports.WithLabelValues("acknowledged").Inc()
+	return nil
+}
+
+func activitiesToWire(all []sandbox.Activity) []*proxyv1.Activity {
+	out := make([]*proxyv1.Activity, 0, len(all))
+	for _, a := range all {
+		out = append(out, &proxyv1.Activity{Id: string(a.ID), Open: int32(min(a.Open, 1<<30)), Last: timestamppb.New(a.Last)}) //nolint:gosec // bounded
+	}
+	return out
+}
