@@ -12,7 +12,6 @@ import (
 
 	"github.com/cloister-dev/cloister/internal/engine"
 	"github.com/cloister-dev/cloister/internal/gen/agent/v1/agentv1connect"
-	"github.com/cloister-dev/cloister/internal/gen/node/v1/nodev1connect"
 	"github.com/cloister-dev/cloister/internal/journal"
 	"github.com/cloister-dev/cloister/internal/sandbox"
 )
@@ -27,7 +26,7 @@ type Agent struct {
 	network  network
 	images   images
 	saves    checkpoints
-	server   nodev1connect.NodeServiceClient
+	servers  []*reporter // the first is the one that counts
 	dial     func(ctx context.Context, network, address string) (net.Conn, error)
 	log      *slog.Logger
 	node     sandbox.NodeID
@@ -38,12 +37,13 @@ type Agent struct {
 	files    *buildFiles
 	pressure gauge
 	clock    *clock
+	used     *meter
 
-	wake   chan struct{}          // of capacity 1: the plan may have changed
-	news   chan struct{}          // of capacity 1: the journal may have something to report
-	secret atomic.Pointer[[]byte] // nil until registered
-	short  atomic.Int64           // creates that have found no room and see what can give way
-	acked  atomic.Int64           // the last change that the server is known to have
+	wake     chan struct{}          // of capacity 1: the plan may have changed
+	secret   atomic.Pointer[[]byte] // nil until it is known
+	short    atomic.Int64           // creates that have found no room and see what can give way
+	acked    atomic.Int64           // the last change that the server is known to have
+	cordoned atomic.Bool            // the server says that the node gets no new sandboxes
 
 	mu      sync.RWMutex
 	all     map[sandbox.ID]*instance
@@ -68,12 +68,22 @@ func New(cfg Config, d Deps) (*Agent, error) {
 	}
 	cfg = withDefaults(cfg)
 	a := &Agent{
-		cfg: cfg, journal: d.Journal, engine: d.Engine, network: d.Network, images: d.Images, saves: d.Snapshots, server: d.Server,
+		cfg: cfg, journal: d.Journal, engine: d.Engine, network: d.Network, images: d.Images, saves: d.Snapshots,
 		dial: d.Dial, log: d.Logger, node: d.Journal.NodeID(),
 		gate: newGate(cfg.MaxStarting, cfg.MaxWaiting), crew: newCrew(), builds: newBuilds(cfg.MaxBuilds), files: newBuildFiles(cfg.FilesDir), clock: newClock(),
-		wake: make(chan struct{}, 1), news: make(chan struct{}, 1),
+		used: &meter{dir: cfg.ScratchDir}, wake: make(chan struct{}, 1),
 		all: map[sandbox.ID]*instance{}, byKey: map[string]*flight{}, pools: map[poolKey]*pool{},
 		garbage: map[string]*garbage{},
+	}
+	if d.RememberSecret == nil {
+		d.RememberSecret = func([]byte) error { return nil }
+	}
+	a.servers = append(a.servers, newReporter(a, d.Server, d.RememberSecret))
+	if d.Local != nil {
+		a.servers = append(a.servers, newReporter(a, d.Local, nil))
+	}
+	if len(cfg.TokenSecret) > 0 {
+		a.secret.Store(&cfg.TokenSecret)
 	}
 	a.acked.Store(d.Journal.Ledger().Acknowledged)
 	var err error
@@ -91,7 +101,9 @@ func (a *Agent) NodeID() sandbox.NodeID { return a.node }
 func (a *Agent) Run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return a.reconcile(ctx) })
-	g.Go(func() error { return a.report(ctx) })
+	for _, r := range a.servers {
+		g.Go(func() error { return r.run(ctx) })
+	}
 	g.Go(func() error { return a.sample(ctx) })
 	err := g.Wait()
 	a.crew.stop()
@@ -160,9 +172,27 @@ func (a *Agent) put(ctx context.Context, in *instance, r journal.Record, changes
 	in.set(&r)
 	a.poke()
 	if len(changes) > 0 {
-		signal(a.news)
+		a.announce()
 	}
 	return nil
+}
+
+// putDurable writes a change to the record that no server needs to hear of, and that must not be forgotten.
+//
+// Preconditions: the caller holds in.op.
+func (a *Agent) putDurable(ctx context.Context, in *instance, r journal.Record) error {
+	r, err := a.journal.PutDurable(ctx, r)
+	if err == nil {
+		in.set(&r)
+	}
+	return err
+}
+
+// announce makes the servers be told what is new.
+func (a *Agent) announce() {
+	for _, r := range a.servers {
+		signal(r.news)
+	}
 }
 
 // poke makes the reconcile loop look again.

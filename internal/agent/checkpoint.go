@@ -200,7 +200,7 @@ func (in *instance) unfit(r *journal.Record) error {
 	switch r.State { //nolint:exhaustive // all others have ended, or are about to
 	case sandbox.StatePaused:
 		return sandbox.Conflictf("sandbox %s is paused", r.ID)
-	case sandbox.StatePausing, sandbox.StateResuming:
+	case sandbox.StatePausing, sandbox.StateResuming, sandbox.StateMigrating:
 		return sandbox.Conflictf("sandbox %s is %s: try again in a moment", r.ID, r.State)
 	default:
 	}

@@ -36,15 +36,16 @@ func (a *Agent) Kill(ctx context.Context, req *agentv1.KillRequest) (*agentv1.Ki
 		reason = "killed by request"
 	}
 	e := journal.Ending{State: sandbox.StateDeleted, Reason: fmt.Sprintf("%.*s", maxReasonBytes, reason), Type: "killed"}
-	if err := a.kill(ctx, in, e); err != nil {
+	if err := a.kill(ctx, in, e, req.GetGeneration()); err != nil {
 		return nil, toWireError(err)
 	}
 	return &agentv1.KillResponse{}, nil
 }
 
-// kill ends a sandbox. One that has ended, or is about to for another reason, is ErrNotFound.
-func (a *Agent) kill(ctx context.Context, in *instance, e journal.Ending) error {
-	if s := in.record().State; s == sandbox.StatePausing || s == sandbox.StateResuming {
+// kill ends a sandbox. One that has ended, or is about to for another reason, is ErrNotFound; one that moves, or that is not of
+// the generation that is meant, is ErrConflict.
+func (a *Agent) kill(ctx context.Context, in *instance, e journal.Ending, generation int64) error {
+	if r := in.record(); generation == 0 && (r.State == sandbox.StatePausing || r.State == sandbox.StateResuming) {
 		in.interrupt(sandbox.Unavailablef("sandbox %s is being ended: %s", in.id, e.Reason))
 	}
 	if err := in.lock(ctx); err != nil {
@@ -54,6 +55,12 @@ func (a *Agent) kill(ctx context.Context, in *instance, e journal.Ending) error 
 	r := in.record()
 	if r.State.Ended() {
 		return sandbox.NotFoundf("sandbox %s is %s: %s", in.id, r.State, ending(&r))
+	}
+	if r.State == sandbox.StateMigrating {
+		return in.unfit(&r)
+	}
+	if err := checkGeneration(&r.Sandbox, generation); err != nil {
+		return err
 	}
 	if err := a.end(ctx, in, e); err != nil {
 		a.retryLater(ctx, in, err)
@@ -69,34 +76,54 @@ func (a *Agent) SetTimeout(ctx context.Context, req *agentv1.SetTimeoutRequest) 
 	if err != nil {
 		return nil, toWireError(err)
 	}
-	var end time.Time // never
-	if req.GetTimeout() != nil {
-		d, err := fromWireTimeout(req.GetTimeout())
-		if err != nil {
+	t := term{forever: req.GetTimeout() == nil, extendOnly: req.GetExtendOnly(), generation: req.GetGeneration()}
+	if !t.forever {
+		if t.timeout, err = fromWireTimeout(req.GetTimeout()); err != nil {
 			return nil, toWireError(err)
 		}
-		end = now().Add(d)
 	}
-	if err := a.setEnd(ctx, in, end, req.GetExtendOnly()); err != nil {
+	if err := a.setEnd(ctx, in, &t); err != nil {
 		return nil, toWireError(err)
 	}
 	r := in.record()
 	return &agentv1.SetTimeoutResponse{Sandbox: toWireSandbox(&r.Sandbox)}, nil
 }
 
-func (a *Agent) setEnd(ctx context.Context, in *instance, end time.Time, extendOnly bool) error {
+// term is for how long a sandbox is to go on.
+type term struct {
+	timeout    time.Duration
+	forever    bool
+	extendOnly bool
+	generation int64 // 0 means any
+}
+
+// end returns when a sandbox that has the term from at on is to end; zero means never.
+func (t *term) end(at time.Time) time.Time {
+	if t.forever {
+		return time.Time{}
+	}
+	return at.Add(t.timeout)
+}
+
+func (a *Agent) setEnd(ctx context.Context, in *instance, t *term) error {
 	if err := in.lock(ctx); err != nil {
 		return err
 	}
 	defer a.release(in)
-	r := in.record()
-	if r.State != sandbox.StateRunning || !in.alive() {
+	r, end := in.record(), t.end(now())
+	switch {
+	case r.State == sandbox.StateMigrating:
+		return in.unfit(&r)
+	case r.State != sandbox.StateRunning || !in.alive():
 		return sandbox.NotFoundf("sandbox %s is %s: %s", in.id, r.State, ending(&r))
 	}
-	if r.EndAt.Equal(end) || extendOnly && !later(end, r.EndAt) {
+	if err := checkGeneration(&r.Sandbox, t.generation); err != nil {
+		return err
+	}
+	if r.EndAt.Equal(end) || t.extendOnly && !later(end, r.EndAt) {
 		return nil
 	}
-	r.EndAt = end
+	r.EndAt, r.Timeout = end, t.timeout
 	r.Generation++
 	return a.put(ctx, in, r, journal.Change{Type: "timeout_set", Time: now(), Sandbox: r.Sandbox})
 }

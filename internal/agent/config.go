@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"os"
 	"runtime"
 	"time"
 
@@ -21,6 +22,15 @@ type Config struct {
 	// Name, Version, Architecture, Kernel and Labels are what the node says of itself when it registers.
 	Name, Version, Architecture, Kernel string
 	Labels                              map[string]string
+	// Address is the HOST:PORT on which the node answers other members; empty where it cannot be dialed.
+	Address string
+	// CPUFeatures and Machine are what the processor and the machine have, before over-commit and reserve. Defaults: what the
+	// kernel says.
+	CPUFeatures []string
+	Machine     sandbox.Resources
+	// TokenSecret is what access tokens are derived from, as a server said earlier: with it, the node creates sandboxes
+	// before it has reached a server. A registration replaces it.
+	TokenSecret []byte
 	// Capacity is what sandboxes may hold; the journal enforces it.
 	Capacity sandbox.Resources
 	// ScratchDir is the directory on the file system that takes what guests write.
@@ -86,6 +96,12 @@ type Deps struct {
 	// Snapshots keeps checkpoints; the Agent calls its Recover.
 	Snapshots checkpoints
 	Server    nodev1connect.NodeServiceClient
+	// Local is a second server, in this process, that is told the same. What it acknowledges is between it and the node: only
+	// Server decides when a change need not be kept.
+	Local nodev1connect.NodeServiceClient
+	// RememberSecret keeps a secret, for Config.TokenSecret of the node's next life; called when a registration brings another
+	// one. The node goes on when it fails, and calls it again with the next registration.
+	RememberSecret func(secret []byte) error
 	// Peers connects to other nodes, for images and checkpoints that they have. Nil: there are none.
 	Peers peers
 	// Bucket keeps checkpoints for the case that nodes are lost. Nil: there is none.
@@ -105,6 +121,13 @@ func withDefaults(c Config) Config {
 	}
 	if c.MemoryPressure == nil {
 		c.MemoryPressure = MemoryPressure
+	}
+	if c.CPUFeatures == nil {
+		info, _ := os.ReadFile("/proc/cpuinfo")
+		c.CPUFeatures = processorFeatures(info)
+	}
+	if c.Machine == (sandbox.Resources{}) {
+		c.Machine = machineOf(c.ScratchDir)
 	}
 	orDefault(&c.GuestPort, 49983)
 	orDefault(&c.MaxStarting, 2*runtime.GOMAXPROCS(0))

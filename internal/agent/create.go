@@ -40,10 +40,10 @@ func (a *Agent) Create(ctx context.Context, req *agentv1.CreateRequest) (*agentv
 			slog.Duration("after", time.Since(began)), slog.Any("err", err))
 		return nil, toWireError(err)
 	}
-	r, load := in.record(), a.journal.Ledger()
+	r := in.record()
 	a.log.InfoContext(ctx, "sandbox created", slog.String("op", "create"), slog.String("sandbox_id", string(in.id)),
 		slog.String("path", path), slog.Duration("after", time.Since(began)))
-	return &agentv1.CreateResponse{Sandbox: toWireSandbox(&r.Sandbox), Load: toWireLoad(&load)}, nil
+	return &agentv1.CreateResponse{Sandbox: toWireSandbox(&r.Sandbox), Load: a.load()}, nil
 }
 
 // The ways in which a sandbox came to be.
@@ -219,9 +219,9 @@ func (a *Agent) newRecord(k poolKey, from *snapshot.Manifest) journal.Record {
 	r := journal.Record{
 		Sandbox: sandbox.Sandbox{
 			ID: sandbox.NewID(a.node), NodeID: a.node, State: sandbox.StateCreating, Generation: 1, Resources: k.size,
-			StartedAt: now(), GuestVersion: a.cfg.GuestVersion,
+			StartedAt: now(), GuestVersion: a.cfg.GuestVersion, ImageDigest: k.digest,
 		},
-		ImageDigest: k.digest, Source: k.checkpoint,
+		Source: k.checkpoint,
 	}
 	if from.Secure && from.Kind == sandbox.CheckpointMemory {
 		r.TokenOf, r.Secure = from.SandboxID, true
@@ -234,6 +234,7 @@ func (o *order) fill(r *journal.Record) {
 	r.TemplateID, r.TemplateName, r.Metadata = o.template, o.name, o.metadata
 	r.AllowInternet, r.IdempotencyKey = o.internet, o.key
 	r.AutoPause, r.AutoPauseKind, r.Guest = o.autoPause, o.autoPauseKind, o.guest
+	r.AutoResume, r.Timeout, r.IdleTimeout = o.autoResume, o.timeout, o.idleTimeout
 	// An agent that demands a token goes on demanding one.
 	r.Secure = o.secure || r.TokenOf != ""
 }

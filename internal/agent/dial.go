@@ -87,7 +87,7 @@ func (in *instance) refusal() error {
 	switch r := &in.rec; {
 	case r.State == sandbox.StateCreating:
 		return sandbox.NotFoundf("sandbox %s is not running yet", in.id)
-	case r.State == sandbox.StatePausing, r.State == sandbox.StatePaused, r.State == sandbox.StateResuming:
+	case r.State == sandbox.StatePausing, r.State == sandbox.StatePaused, r.State == sandbox.StateResuming, r.State == sandbox.StateMigrating:
 		return in.unfit(r)
 	case in.exit != nil && !r.State.Ended():
 		return sandbox.NotFoundf("sandbox %s has ended: %s", in.id, exitReason(in.exit, r.Resources))

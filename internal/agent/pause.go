@@ -26,17 +26,21 @@ func (a *Agent) Pause(ctx context.Context, req *agentv1.PauseRequest) (*agentv1.
 		return nil, toWireError(err)
 	}
 	defer a.release(in)
-	switch r := in.record(); {
+	r := in.record()
+	switch {
 	case r.State == sandbox.StatePaused:
 		return nil, toWireError(sandbox.Conflictf("sandbox %s is paused already", in.id))
 	case r.State != sandbox.StateRunning || !in.alive():
 		return nil, toWireError(in.unfit(&r))
 	}
+	if err := checkGeneration(&r.Sandbox, req.GetGeneration()); err != nil {
+		return nil, toWireError(err)
+	}
 	if err := a.pause(ctx, in, fromWireKind(req.GetKind())); err != nil {
 		return nil, toWireError(err)
 	}
-	r, load := in.record(), a.journal.Ledger()
-	return &agentv1.PauseResponse{Sandbox: toWireSandbox(&r.Sandbox), Load: toWireLoad(&load)}, nil
+	r = in.record()
+	return &agentv1.PauseResponse{Sandbox: toWireSandbox(&r.Sandbox), Load: a.load()}, nil
 }
 
 // pause takes a running sandbox to paused; once begun, it does not depend on the caller. After an error the sandbox runs,

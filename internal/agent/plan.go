@@ -34,6 +34,8 @@ type State struct {
 	Filling, MaxFilling int
 	// Pressure means that the machine is short of memory.
 	Pressure bool
+	// Cordoned means that the node gets no new sandboxes.
+	Cordoned bool
 
 	WarmMin, WarmMax   int
 	WarmKeep, WarmIdle time.Duration
@@ -180,7 +182,7 @@ func (p *planner) sandbox(b *SandboxState) {
 // target is how many warm sandboxes a pool should have.
 func (p *planner) target(l *PoolState) int {
 	s := p.state
-	if s.Pressure || l.Stale || !l.Use.last.Add(s.WarmKeep).After(p.now) {
+	if s.Pressure || s.Cordoned || l.Stale || !l.Use.last.Add(s.WarmKeep).After(p.now) {
 		return 0
 	}
 	use := int(math.Ceil(l.Use.at(p.now)))

@@ -11,6 +11,7 @@ import (
 	"connectrpc.com/connect"
 
 	nodev1 "github.com/cloister-dev/cloister/internal/gen/node/v1"
+	"github.com/cloister-dev/cloister/internal/gen/node/v1/nodev1connect"
 	"github.com/cloister-dev/cloister/internal/journal"
 	"github.com/cloister-dev/cloister/internal/sandbox"
 )
@@ -31,8 +32,27 @@ type registration struct {
 	full  bool // the server wants everything
 }
 
-// report registers and then tells the server every change, soon after it was made, and the load every so often.
-func (a *Agent) report(ctx context.Context) error {
+// reporter tells one server about the node.
+type reporter struct {
+	*Agent
+	server nodev1connect.NodeServiceClient
+	// counts means that what the server has need not be kept, and that its token secret is the cluster's.
+	counts bool
+	news   chan struct{} // of capacity 1: the journal may have something to report
+	// remember keeps the cluster's token secret, if it is not the one that is kept.
+	remember func(secret []byte) error
+	kept     []byte
+}
+
+// newReporter returns the reporter to a server. Only of the one that counts is there something to remember.
+func newReporter(a *Agent, server nodev1connect.NodeServiceClient, remember func([]byte) error) *reporter {
+	return &reporter{
+		Agent: a, server: server, counts: remember != nil, news: make(chan struct{}, 1), remember: remember, kept: a.cfg.TokenSecret,
+	}
+}
+
+// run registers and then tells the server every change, soon after it was made, and the load every so often.
+func (a *reporter) run(ctx context.Context) error {
 	var reg *registration
 	timer := time.NewTimer(0)
 	defer timer.Stop()
@@ -56,7 +76,9 @@ func (a *Agent) report(ctx context.Context) error {
 			return nil
 		case err == nil:
 			tries = 0
-			a.metrics.reported.SetToCurrentTime()
+			if a.counts {
+				a.metrics.reported.SetToCurrentTime()
+			}
 		case refused(err) && reg != nil:
 			a.log.InfoContext(ctx, "registering again", slog.Any("err", err))
 			reg, wait = nil, min(maxServerBackoff, backoff(tries))
@@ -93,50 +115,8 @@ func refused(err error) bool {
 	}
 }
 
-// register says who the node is, and takes what it needs to run sandboxes.
-func (a *Agent) register(ctx context.Context) (*registration, error) {
-	ims, err := a.journal.Images(ctx)
-	if err != nil {
-		return nil, err
-	}
-	caps, c := a.engine.Caps(), &a.cfg
-	req := &nodev1.RegisterRequest{
-		NodeId: string(a.node), Name: c.Name, Version: c.Version, Architecture: c.Architecture, Kernel: c.Kernel,
-		Engines:  []*nodev1.Engine{{Name: caps.Name, Version: caps.Version, Capabilities: caps.Capabilities}},
-		Capacity: toWireResources(a.journal.Ledger().Capacity), Labels: c.Labels,
-	}
-	for _, im := range ims {
-		req.ImageDigests = append(req.ImageDigests, im.Digest)
-	}
-	for _, m := range a.saves.List() {
-		if !m.Pause {
-			req.CheckpointIds = append(req.CheckpointIds, m.ID)
-		}
-	}
-	ctx, cancel := context.WithTimeout(ctx, serverTimeout)
-	defer cancel()
-	resp, err := a.server.Register(ctx, req)
-	if err != nil {
-		return nil, err
-	}
-	secret := resp.GetTokenSecret()
-	if len(secret) < 16 {
-		return nil, sandbox.Unavailablef("the server sent a token secret of %d bytes: want 16 or more", len(secret))
-	}
-	a.secret.Store(&secret)
-	reg := &registration{epoch: resp.GetEpoch(), acked: resp.GetAcknowledgedSequence()}
-	reg.full = reg.acked == 0
-	if reg.acked > 0 {
-		if err := a.acknowledge(ctx, reg.acked); err != nil {
-			return nil, err
-		}
-	}
-	a.log.InfoContext(ctx, "registered", slog.Int64("epoch", reg.epoch), slog.Int64("acknowledged", reg.acked))
-	return reg, nil
-}
-
 // tell sends reports until the server has everything. The last one always carries the load.
-func (a *Agent) tell(ctx context.Context, reg *registration) error {
+func (a *reporter) tell(ctx context.Context, reg *registration) error {
 	for {
 		req, last, err := a.nextReport(ctx, reg)
 		if err != nil {
@@ -147,6 +127,9 @@ func (a *Agent) tell(ctx context.Context, reg *registration) error {
 		cancel()
 		if err != nil {
 			return err
+		}
+		if a.counts && a.cordoned.Swap(resp.GetCordoned()) != resp.GetCordoned() {
+			a.poke()
 		}
 		acked := resp.GetAcknowledgedSequence()
 		switch {
@@ -171,8 +154,11 @@ func (a *Agent) tell(ctx context.Context, reg *registration) error {
 	}
 }
 
-// acknowledge notes that the server has the changes up to n.
-func (a *Agent) acknowledge(ctx context.Context, n int64) error {
+// acknowledge notes that the server has the changes up to n, if it is the one that counts.
+func (a *reporter) acknowledge(ctx context.Context, n int64) error {
+	if !a.counts {
+		return nil
+	}
 	if err := a.journal.Acknowledge(ctx, n); err != nil {
 		return err
 	}
@@ -182,9 +168,9 @@ func (a *Agent) acknowledge(ctx context.Context, n int64) error {
 }
 
 // nextReport makes the next report, and says up to which change it tells everything.
-func (a *Agent) nextReport(ctx context.Context, reg *registration) (req *nodev1.ReportRequest, last int64, err error) {
+func (a *reporter) nextReport(ctx context.Context, reg *registration) (req *nodev1.ReportRequest, last int64, err error) {
 	l := a.journal.Ledger()
-	req = &nodev1.ReportRequest{NodeId: string(a.node), Epoch: reg.epoch, Load: toWireLoad(&l)}
+	req = &nodev1.ReportRequest{NodeId: string(a.node), Epoch: reg.epoch, Load: toWireLoad(&l, a.used.now())}
 	if !reg.full {
 		changes, complete, err := a.journal.Changes(ctx, reg.acked, maxReport)
 		if err != nil {
@@ -206,7 +192,7 @@ func (a *Agent) nextReport(ctx context.Context, reg *registration) (req *nodev1.
 
 // everything returns the newest change of every sandbox that somebody was told of, and all changes that no server has
 // acknowledged, in their order.
-func (a *Agent) everything(ctx context.Context) ([]*nodev1.Change, error) {
+func (a *reporter) everything(ctx context.Context) ([]*nodev1.Change, error) {
 	recs, err := a.journal.Records(ctx)
 	if err != nil {
 		return nil, err

@@ -20,19 +20,10 @@ type attempt struct {
 
 // wish is what a resume asks for.
 type wish struct {
-	timeout    time.Duration
-	forever    bool
-	extendOnly bool
-	cold       bool
-	autoPause  *bool
-}
-
-// end returns when a sandbox that runs from at on is to end; zero means never.
-func (w *wish) end(at time.Time) time.Time {
-	if w.forever {
-		return time.Time{}
-	}
-	return at.Add(w.timeout)
+	term
+	cold      bool
+	autoPause *bool
+	permitted bool // by the server, see Guard
 }
 
 // Resume makes a paused sandbox run again; one that runs gets its timeout. Calls for one sandbox that meet restore it once.
@@ -42,7 +33,10 @@ func (a *Agent) Resume(ctx context.Context, req *agentv1.ResumeRequest) (*agentv
 	if err != nil {
 		return nil, toWireError(err)
 	}
-	w := wish{forever: req.GetTimeout() == nil, extendOnly: req.GetExtendOnly(), cold: req.GetCold(), autoPause: req.AutoPause}
+	w := wish{
+		term: term{forever: req.GetTimeout() == nil, extendOnly: req.GetExtendOnly()},
+		cold: req.GetCold(), autoPause: req.AutoPause, permitted: req.GetPermitted(),
+	}
 	if !w.forever {
 		if w.timeout, err = fromWireTimeout(req.GetTimeout()); err != nil {
 			return nil, toWireError(err)
@@ -52,8 +46,8 @@ func (a *Agent) Resume(ctx context.Context, req *agentv1.ResumeRequest) (*agentv
 	if err != nil {
 		return nil, toWireError(err)
 	}
-	r, load := in.record(), a.journal.Ledger()
-	return &agentv1.ResumeResponse{Sandbox: toWireSandbox(&r.Sandbox), Load: toWireLoad(&load), Resumed: resumed}, nil
+	r := in.record()
+	return &agentv1.ResumeResponse{Sandbox: toWireSandbox(&r.Sandbox), Load: a.load(), Resumed: resumed}, nil
 }
 
 func (a *Agent) resume(ctx context.Context, in *instance, w *wish) (resumed bool, err error) {
@@ -71,6 +65,8 @@ func (a *Agent) resume(ctx context.Context, in *instance, w *wish) (resumed bool
 	case w.cold && r.PausedKind == sandbox.CheckpointMemory:
 		return false, sandbox.Unsupportedf("sandbox %s was paused with its memory and can only go on from there: "+
 			"only one that was paused with its files alone boots anew", in.id)
+	case r.Guarded && !w.permitted:
+		return false, errGuarded(&r)
 	}
 	if last := in.lastResume(); last.number != before && last.err != nil {
 		return false, last.err // somebody tried while we waited
@@ -95,6 +91,9 @@ func (a *Agent) extend(ctx context.Context, in *instance, w *wish) error {
 	if r.EndAt.Equal(end) && auto == r.AutoPause {
 		return nil
 	}
+	if !r.EndAt.Equal(end) {
+		r.Timeout = w.timeout
+	}
 	r.EndAt, r.AutoPause = end, auto
 	r.Generation++
 	return a.put(ctx, in, r, journal.Change{Type: "timeout_set", Time: now(), Sandbox: r.Sandbox})
@@ -118,7 +117,7 @@ func (a *Agent) wakeUp(ctx context.Context, in *instance, w *wish) (err error) {
 	err = a.restore(ctx, in)
 	if err == nil {
 		r := in.record()
-		r.EndAt = w.end(now())
+		r.EndAt, r.Timeout = w.end(now()), w.timeout
 		if w.autoPause != nil {
 			r.AutoPause = *w.autoPause
 		}
@@ -190,7 +189,7 @@ func (a *Agent) putRestored(ctx context.Context, in *instance, r journal.Record,
 		return sandbox.Unavailablef("sandbox %s ended while it was started", in.id)
 	}
 	old, at := r.Checkpoint, now()
-	r.State, r.Checkpoint, r.Deadline, r.Rewinding = sandbox.StateRunning, "", time.Time{}, false
+	r.State, r.Checkpoint, r.Deadline, r.Rewinding, r.Guarded = sandbox.StateRunning, "", time.Time{}, false, false
 	r.PausedAt, r.PausedKind, r.PausedBytes = time.Time{}, "", 0
 	r.Generation++
 	r.Append(journal.Line{Time: at, Level: "info", Message: ranAgain[change]})

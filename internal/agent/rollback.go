@@ -23,7 +23,7 @@ func (a *Agent) Rollback(ctx context.Context, req *agentv1.RollbackRequest) (*ag
 		return nil, toWireError(err)
 	}
 	began := time.Now()
-	err = a.rollback(ctx, in, req.GetCheckpointId())
+	err = a.rollback(ctx, in, req.GetCheckpointId(), req.GetPermitted())
 	a.metrics.saved("rollback", err, began)
 	if err != nil {
 		a.log.WarnContext(ctx, "sandbox not rolled back", slog.String("op", "rollback"), slog.String("sandbox_id", string(in.id)),
@@ -32,11 +32,11 @@ func (a *Agent) Rollback(ctx context.Context, req *agentv1.RollbackRequest) (*ag
 	}
 	a.log.InfoContext(ctx, "sandbox rolled back", slog.String("op", "rollback"), slog.String("sandbox_id", string(in.id)),
 		slog.String("checkpoint_id", req.GetCheckpointId()), slog.Duration("after", time.Since(began)))
-	r, load := in.record(), a.journal.Ledger()
-	return &agentv1.RollbackResponse{Sandbox: toWireSandbox(&r.Sandbox), Load: toWireLoad(&load)}, nil
+	r := in.record()
+	return &agentv1.RollbackResponse{Sandbox: toWireSandbox(&r.Sandbox), Load: a.load()}, nil
 }
 
-func (a *Agent) rollback(ctx context.Context, in *instance, id string) error {
+func (a *Agent) rollback(ctx context.Context, in *instance, id string, permitted bool) error {
 	if err := in.lock(ctx); err != nil {
 		return err
 	}
@@ -57,6 +57,8 @@ func (a *Agent) rollback(ctx context.Context, in *instance, id string) error {
 	switch r := in.record(); {
 	case r.State == sandbox.StateRunning && in.alive():
 		return a.rewindRunning(ctx, in, from)
+	case r.State == sandbox.StatePaused && r.Guarded && !permitted:
+		return errGuarded(&r)
 	case r.State == sandbox.StatePaused:
 		return a.rewindPaused(ctx, in, from)
 	default:

@@ -48,7 +48,7 @@ func (a *Agent) observe(at time.Time) *State {
 	waiting, _ := a.gate.waiting()
 	c := &a.cfg
 	s := &State{
-		Room: l.Capacity.Sub(l.Allocated.Resources), Acknowledged: a.acked.Load(), Waiting: waiting + int(a.short.Load()),
+		Room: l.Capacity.Sub(l.Allocated.Resources), Acknowledged: a.acked.Load(), Cordoned: a.cordoned.Load(), Waiting: waiting + int(a.short.Load()),
 		MaxFilling: max(1, runtime.GOMAXPROCS(0)/2),
 		WarmMin:    c.WarmMin, WarmMax: c.WarmMax, WarmKeep: c.WarmKeep, WarmIdle: c.WarmIdle, Retention: c.Retention,
 	}

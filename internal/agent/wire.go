@@ -120,7 +120,17 @@ func toWireSandbox(s *sandbox.Sandbox) *agentv1.Sandbox {
 		Secure: s.Secure, AllowInternet: s.AllowInternet, GuestVersion: s.GuestVersion,
 		AutoPause: s.AutoPause, AutoPauseKind: kinds[s.AutoPauseKind],
 		PausedAt: toWireTime(s.PausedAt), PausedKind: kinds[s.PausedKind], PausedBytes: s.PausedBytes,
+		CheckpointId: s.Checkpoint, ImageDigest: s.ImageDigest, Received: s.Received,
+		AutoResume: s.AutoResume, Timeout: toWireDuration(s.Timeout), IdleTimeout: s.IdleTimeout,
 	}
+}
+
+// toWireDuration leaves 0, which means never, unset.
+func toWireDuration(d time.Duration) *durationpb.Duration {
+	if d == 0 {
+		return nil
+	}
+	return durationpb.New(d)
 }
 
 // kinds pairs what a checkpoint keeps with its wire form.
@@ -165,7 +175,7 @@ func toWireChange(c *journal.Change) *nodev1.Change {
 	return &nodev1.Change{Sequence: c.Sequence, Time: toWireTime(c.Time), Type: c.Type, Sandbox: toWireSandbox(&c.Sandbox)}
 }
 
-func toWireLoad(l *journal.Ledger) *agentv1.Load {
+func toWireLoad(l *journal.Ledger, u usedShares) *agentv1.Load {
 	return &agentv1.Load{
 		Capacity: toWireResources(l.Capacity),
 		// Warm ones give way to real ones, so a scheduler need not count them.
@@ -173,6 +183,7 @@ func toWireLoad(l *journal.Ledger) *agentv1.Load {
 		Sandboxes: int32(l.Allocated.Sandboxes - l.Warm.Sandboxes), //nolint:gosec // far below 2^31
 		Creating:  int32(l.Creating),                               //nolint:gosec // far below 2^31
 		Warm:      int32(l.Warm.Sandboxes),                         //nolint:gosec // far below 2^31
+		UsedCpu:   u.cpu, UsedMemory: u.memory, UsedDisk: u.disk,
 	}
 }
 
@@ -192,6 +203,8 @@ type order struct {
 
 	autoPause     bool
 	autoPauseKind sandbox.CheckpointKind
+	autoResume    bool
+	idleTimeout   bool
 }
 
 func fromWireCreate(r *agentv1.CreateRequest) (*order, error) {
@@ -200,6 +213,7 @@ func fromWireCreate(r *agentv1.CreateRequest) (*order, error) {
 		metadata: r.GetMetadata(), guest: fromWireGuest(r.GetGuest()), secure: r.GetSecure(), internet: r.GetAllowInternet(), key: r.GetIdempotencyKey(), custom: r.GetCustomSize(),
 		pool:      poolKey{digest: r.GetImageDigest(), size: fromWireResources(r.GetResources()), checkpoint: r.GetCheckpointId()},
 		autoPause: r.GetAutoPause(), autoPauseKind: fromWireKind(r.GetAutoPauseKind()),
+		autoResume: r.GetAutoResume(), idleTimeout: r.GetIdleTimeout(),
 	}
 	o.guest.Env = over(o.guest.Env, r.GetEnv())
 	if !digestForm.MatchString(o.pool.digest) {

@@ -165,7 +165,7 @@ func (l *Ledger) count(r *Record, sign int) {
 	held := r.Held()
 	l.Allocated = change(l.Allocated, held)
 	switch {
-	case r.State == sandbox.StatePaused:
+	case r.Still():
 		l.Allocated.Sandboxes -= sign
 		l.Paused += sign
 	case r.Warm:

@@ -56,8 +56,8 @@ func (j *Journal) newRecord() Record {
 		Sandbox: sandbox.Sandbox{
 			ID: sandbox.NewID(j.node), NodeID: j.node, State: sandbox.StateCreating, Generation: 1,
 			Resources: small(), StartedAt: time.Now().UTC().Round(0), Metadata: map[string]string{"a": "b"},
+			ImageDigest: "sha256:abc",
 		},
-		ImageDigest: "sha256:abc",
 	}
 }
 

@@ -10,7 +10,8 @@ import (
 // maxLines bounds the lines that a record keeps.
 const maxLines = 32
 
-// Record is what a node remembers of one sandbox.
+// Record is what a node remembers of one sandbox. Its Checkpoint, which is also set while the sandbox is being paused in it or
+// resumed from it, belongs to the record.
 type Record struct {
 	sandbox.Sandbox
 
@@ -18,15 +19,16 @@ type Record struct {
 	Warm bool `json:"warm,omitempty"`
 	// Ready means that the agent inside a warm sandbox has answered.
 	Ready bool `json:"ready,omitempty"`
-	// ImageDigest is the content address of the image that the sandbox runs from.
-	ImageDigest string `json:"image_digest"`
 	// Source is the checkpoint that the sandbox was started from; empty for one that was started from its image.
 	Source string `json:"source,omitempty"`
-	// Checkpoint is what the sandbox is paused in, or is being paused in or resumed from. It belongs to the record.
-	Checkpoint string `json:"checkpoint,omitempty"`
 	// Rewinding means that a sandbox that is resuming was running before: it is to run again, not to be paused.
 	Rewinding bool `json:"rewinding,omitempty"`
-	// Deadline is when a pausing or resuming sandbox has to be something else.
+	// Runs means that a migrating sandbox was running before: it is to run again where it arrives, or when it returns.
+	Runs bool `json:"runs,omitempty"`
+	// Guarded means that a paused sandbox can be brought back on another node: to run here, it needs the server's permit.
+	Guarded bool `json:"guarded,omitempty"`
+	// Deadline is when a pausing or resuming sandbox has to be something else, and when the server is reminded of a migrating
+	// one.
 	Deadline time.Time `json:"deadline,omitzero"`
 	// Guest is what every process inside starts with, for when the sandbox boots anew.
 	Guest sandbox.GuestSettings `json:"guest,omitzero"`
@@ -82,14 +84,19 @@ func (r *Record) Append(l Line) {
 	r.Lines = append(append(make([]Line, 0, len(r.Lines)+1-from), r.Lines[from:]...), l)
 }
 
-// Held returns what a sandbox takes of the machine: one that is paused no processor time and no memory, but its checkpoint's
-// room on the disk.
+// Still reports whether a sandbox needs neither processor time nor memory: it is paused, or moves as a paused one.
+func (r *Record) Still() bool {
+	return r.State == sandbox.StatePaused || r.State == sandbox.StateMigrating && !r.Runs
+}
+
+// Held returns what a sandbox takes of the machine: a still one no processor time and no memory, but its checkpoint's room on
+// the disk. One that moves holds at both ends what it takes where it runs, so that it can go on at either.
 func (r *Record) Held() sandbox.Resources {
 	kept := sandbox.Resources{DiskBytes: r.PausedBytes}
 	switch {
 	case r.State.Ended():
 		return sandbox.Resources{}
-	case r.State == sandbox.StatePaused:
+	case r.Still():
 		return kept
 	}
 	return r.Resources.Add(kept)
@@ -137,7 +144,7 @@ type Ledger struct {
 	Capacity sandbox.Resources
 	// Allocated is what all sandboxes hold, the warm ones included. Paused ones are in its resources, not in its number.
 	Allocated Amount
-	// Paused is the number of paused sandboxes.
+	// Paused is the number of sandboxes that are paused, or move as such.
 	Paused int
 	// Warm is what the unclaimed warm ones hold.
 	Warm Amount

@@ -227,7 +227,16 @@ func (j *Journal) Rewind(ctx context.Context, r Record) (Record, error) {
 // else soft. It returns the record with its newest mark. ErrNotFound means that there is no such record, ErrConflict
 // that its state does not allow this one or that a newer generation is there.
 func (j *Journal) Put(ctx context.Context, r Record, changes ...Change) (Record, error) {
-	err := j.commit(ctx, len(changes) > 0, func(ctx context.Context, t *tx) error {
+	return j.put(ctx, r, len(changes) > 0, changes)
+}
+
+// PutDurable is Put without changes, and durable.
+func (j *Journal) PutDurable(ctx context.Context, r Record) (Record, error) {
+	return j.put(ctx, r, true, nil)
+}
+
+func (j *Journal) put(ctx context.Context, r Record, durable bool, changes []Change) (Record, error) {
+	err := j.commit(ctx, durable, func(ctx context.Context, t *tx) error {
 		old, err := t.get(ctx, r.ID)
 		if err != nil {
 			return err

@@ -1169,6 +1169,102 @@ func (x *ForgetResponse) GetLoad() *Load {
 	return nil
 }
 
+type GuardRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Generation    int64                  `protobuf:"varint,2,opt,name=generation,proto3" json:"generation,omitempty"`
+	Guarded       bool                   `protobuf:"varint,3,opt,name=guarded,proto3" json:"guarded,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GuardRequest) Reset() {
+	*x = GuardRequest{}
+	mi := &file_agent_v1_agent_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GuardRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GuardRequest) ProtoMessage() {}
+
+func (x *GuardRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_v1_agent_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GuardRequest.ProtoReflect.Descriptor instead.
+func (*GuardRequest) Descriptor() ([]byte, []int) {
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *GuardRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *GuardRequest) GetGeneration() int64 {
+	if x != nil {
+		return x.Generation
+	}
+	return 0
+}
+
+func (x *GuardRequest) GetGuarded() bool {
+	if x != nil {
+		return x.Guarded
+	}
+	return false
+}
+
+type GuardResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GuardResponse) Reset() {
+	*x = GuardResponse{}
+	mi := &file_agent_v1_agent_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GuardResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GuardResponse) ProtoMessage() {}
+
+func (x *GuardResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_v1_agent_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GuardResponse.ProtoReflect.Descriptor instead.
+func (*GuardResponse) Descriptor() ([]byte, []int) {
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{17}
+}
+
 // Checkpoint is what a node keeps of one moment of a sandbox.
 type Checkpoint struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1190,7 +1286,7 @@ type Checkpoint struct {
 
 func (x *Checkpoint) Reset() {
 	*x = Checkpoint{}
-	mi := &file_agent_v1_agent_proto_msgTypes[16]
+	mi := &file_agent_v1_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1202,7 +1298,7 @@ func (x *Checkpoint) String() string {
 func (*Checkpoint) ProtoMessage() {}
 
 func (x *Checkpoint) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[16]
+	mi := &file_agent_v1_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1215,7 +1311,7 @@ func (x *Checkpoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Checkpoint.ProtoReflect.Descriptor instead.
 func (*Checkpoint) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{16}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Checkpoint) GetId() string {
@@ -1288,7 +1384,7 @@ type GuestSettings struct {
 
 func (x *GuestSettings) Reset() {
 	*x = GuestSettings{}
-	mi := &file_agent_v1_agent_proto_msgTypes[17]
+	mi := &file_agent_v1_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1300,7 +1396,7 @@ func (x *GuestSettings) String() string {
 func (*GuestSettings) ProtoMessage() {}
 
 func (x *GuestSettings) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[17]
+	mi := &file_agent_v1_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1313,7 +1409,7 @@ func (x *GuestSettings) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GuestSettings.ProtoReflect.Descriptor instead.
 func (*GuestSettings) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{17}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *GuestSettings) GetEnv() map[string]string {
@@ -1350,7 +1446,7 @@ type PauseRequest struct {
 
 func (x *PauseRequest) Reset() {
 	*x = PauseRequest{}
-	mi := &file_agent_v1_agent_proto_msgTypes[18]
+	mi := &file_agent_v1_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1362,7 +1458,7 @@ func (x *PauseRequest) String() string {
 func (*PauseRequest) ProtoMessage() {}
 
 func (x *PauseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[18]
+	mi := &file_agent_v1_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1375,7 +1471,7 @@ func (x *PauseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PauseRequest.ProtoReflect.Descriptor instead.
 func (*PauseRequest) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{18}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *PauseRequest) GetId() string {
@@ -1409,7 +1505,7 @@ type PauseResponse struct {
 
 func (x *PauseResponse) Reset() {
 	*x = PauseResponse{}
-	mi := &file_agent_v1_agent_proto_msgTypes[19]
+	mi := &file_agent_v1_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1421,7 +1517,7 @@ func (x *PauseResponse) String() string {
 func (*PauseResponse) ProtoMessage() {}
 
 func (x *PauseResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[19]
+	mi := &file_agent_v1_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1434,7 +1530,7 @@ func (x *PauseResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PauseResponse.ProtoReflect.Descriptor instead.
 func (*PauseResponse) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{19}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *PauseResponse) GetSandbox() *Sandbox {
@@ -1461,14 +1557,16 @@ type ResumeRequest struct {
 	// Boot anew from the files. UNIMPLEMENTED for a sandbox whose memory was kept.
 	Cold bool `protobuf:"varint,4,opt,name=cold,proto3" json:"cold,omitempty"`
 	// Where it is set, what the timeout does from now on.
-	AutoPause     *bool `protobuf:"varint,5,opt,name=auto_pause,json=autoPause,proto3,oneof" json:"auto_pause,omitempty"`
+	AutoPause *bool `protobuf:"varint,5,opt,name=auto_pause,json=autoPause,proto3,oneof" json:"auto_pause,omitempty"`
+	// The server has seen to it that nobody brings the sandbox back elsewhere; a guarded one is UNAVAILABLE without.
+	Permitted     bool `protobuf:"varint,6,opt,name=permitted,proto3" json:"permitted,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ResumeRequest) Reset() {
 	*x = ResumeRequest{}
-	mi := &file_agent_v1_agent_proto_msgTypes[20]
+	mi := &file_agent_v1_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1480,7 +1578,7 @@ func (x *ResumeRequest) String() string {
 func (*ResumeRequest) ProtoMessage() {}
 
 func (x *ResumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[20]
+	mi := &file_agent_v1_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1493,7 +1591,7 @@ func (x *ResumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResumeRequest.ProtoReflect.Descriptor instead.
 func (*ResumeRequest) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{20}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ResumeRequest) GetId() string {
@@ -1531,6 +1629,13 @@ func (x *ResumeRequest) GetAutoPause() bool {
 	return false
 }
 
+func (x *ResumeRequest) GetPermitted() bool {
+	if x != nil {
+		return x.Permitted
+	}
+	return false
+}
+
 type ResumeResponse struct {
 	state   protoimpl.MessageState `protogen:"open.v1"`
 	Sandbox *Sandbox               `protobuf:"bytes,1,opt,name=sandbox,proto3" json:"sandbox,omitempty"`
@@ -1543,7 +1648,7 @@ type ResumeResponse struct {
 
 func (x *ResumeResponse) Reset() {
 	*x = ResumeResponse{}
-	mi := &file_agent_v1_agent_proto_msgTypes[21]
+	mi := &file_agent_v1_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1555,7 +1660,7 @@ func (x *ResumeResponse) String() string {
 func (*ResumeResponse) ProtoMessage() {}
 
 func (x *ResumeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[21]
+	mi := &file_agent_v1_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1568,7 +1673,7 @@ func (x *ResumeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResumeResponse.ProtoReflect.Descriptor instead.
 func (*ResumeResponse) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{21}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ResumeResponse) GetSandbox() *Sandbox {
@@ -1603,7 +1708,7 @@ type SnapshotRequest struct {
 
 func (x *SnapshotRequest) Reset() {
 	*x = SnapshotRequest{}
-	mi := &file_agent_v1_agent_proto_msgTypes[22]
+	mi := &file_agent_v1_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1615,7 +1720,7 @@ func (x *SnapshotRequest) String() string {
 func (*SnapshotRequest) ProtoMessage() {}
 
 func (x *SnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[22]
+	mi := &file_agent_v1_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1628,7 +1733,7 @@ func (x *SnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotRequest.ProtoReflect.Descriptor instead.
 func (*SnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{22}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *SnapshotRequest) GetId() string {
@@ -1661,7 +1766,7 @@ type SnapshotResponse struct {
 
 func (x *SnapshotResponse) Reset() {
 	*x = SnapshotResponse{}
-	mi := &file_agent_v1_agent_proto_msgTypes[23]
+	mi := &file_agent_v1_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1673,7 +1778,7 @@ func (x *SnapshotResponse) String() string {
 func (*SnapshotResponse) ProtoMessage() {}
 
 func (x *SnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[23]
+	mi := &file_agent_v1_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1686,7 +1791,7 @@ func (x *SnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotResponse.ProtoReflect.Descriptor instead.
 func (*SnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{23}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *SnapshotResponse) GetCheckpoint() *Checkpoint {
@@ -1697,16 +1802,18 @@ func (x *SnapshotResponse) GetCheckpoint() *Checkpoint {
 }
 
 type RollbackRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	CheckpointId  string                 `protobuf:"bytes,2,opt,name=checkpoint_id,json=checkpointId,proto3" json:"checkpoint_id,omitempty"`
+	state        protoimpl.MessageState `protogen:"open.v1"`
+	Id           string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	CheckpointId string                 `protobuf:"bytes,2,opt,name=checkpoint_id,json=checkpointId,proto3" json:"checkpoint_id,omitempty"`
+	// As in ResumeRequest.
+	Permitted     bool `protobuf:"varint,3,opt,name=permitted,proto3" json:"permitted,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *RollbackRequest) Reset() {
 	*x = RollbackRequest{}
-	mi := &file_agent_v1_agent_proto_msgTypes[24]
+	mi := &file_agent_v1_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1718,7 +1825,7 @@ func (x *RollbackRequest) String() string {
 func (*RollbackRequest) ProtoMessage() {}
 
 func (x *RollbackRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[24]
+	mi := &file_agent_v1_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1731,7 +1838,7 @@ func (x *RollbackRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RollbackRequest.ProtoReflect.Descriptor instead.
 func (*RollbackRequest) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{24}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *RollbackRequest) GetId() string {
@@ -1748,6 +1855,13 @@ func (x *RollbackRequest) GetCheckpointId() string {
 	return ""
 }
 
+func (x *RollbackRequest) GetPermitted() bool {
+	if x != nil {
+		return x.Permitted
+	}
+	return false
+}
+
 type RollbackResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Sandbox       *Sandbox               `protobuf:"bytes,1,opt,name=sandbox,proto3" json:"sandbox,omitempty"`
@@ -1758,7 +1872,7 @@ type RollbackResponse struct {
 
 func (x *RollbackResponse) Reset() {
 	*x = RollbackResponse{}
-	mi := &file_agent_v1_agent_proto_msgTypes[25]
+	mi := &file_agent_v1_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1770,7 +1884,7 @@ func (x *RollbackResponse) String() string {
 func (*RollbackResponse) ProtoMessage() {}
 
 func (x *RollbackResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[25]
+	mi := &file_agent_v1_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1783,7 +1897,7 @@ func (x *RollbackResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RollbackResponse.ProtoReflect.Descriptor instead.
 func (*RollbackResponse) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{25}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *RollbackResponse) GetSandbox() *Sandbox {
@@ -1801,15 +1915,17 @@ func (x *RollbackResponse) GetLoad() *Load {
 }
 
 type RemoveCheckpointRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	CheckpointId  string                 `protobuf:"bytes,1,opt,name=checkpoint_id,json=checkpointId,proto3" json:"checkpoint_id,omitempty"`
+	state        protoimpl.MessageState `protogen:"open.v1"`
+	CheckpointId string                 `protobuf:"bytes,1,opt,name=checkpoint_id,json=checkpointId,proto3" json:"checkpoint_id,omitempty"`
+	// Remove it from the bucket too, also where the node itself does not have it.
+	Bucket        bool `protobuf:"varint,2,opt,name=bucket,proto3" json:"bucket,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *RemoveCheckpointRequest) Reset() {
 	*x = RemoveCheckpointRequest{}
-	mi := &file_agent_v1_agent_proto_msgTypes[26]
+	mi := &file_agent_v1_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1821,7 +1937,7 @@ func (x *RemoveCheckpointRequest) String() string {
 func (*RemoveCheckpointRequest) ProtoMessage() {}
 
 func (x *RemoveCheckpointRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[26]
+	mi := &file_agent_v1_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1834,7 +1950,7 @@ func (x *RemoveCheckpointRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveCheckpointRequest.ProtoReflect.Descriptor instead.
 func (*RemoveCheckpointRequest) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{26}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *RemoveCheckpointRequest) GetCheckpointId() string {
@@ -1842,6 +1958,13 @@ func (x *RemoveCheckpointRequest) GetCheckpointId() string {
 		return x.CheckpointId
 	}
 	return ""
+}
+
+func (x *RemoveCheckpointRequest) GetBucket() bool {
+	if x != nil {
+		return x.Bucket
+	}
+	return false
 }
 
 type RemoveCheckpointResponse struct {
@@ -1852,7 +1975,7 @@ type RemoveCheckpointResponse struct {
 
 func (x *RemoveCheckpointResponse) Reset() {
 	*x = RemoveCheckpointResponse{}
-	mi := &file_agent_v1_agent_proto_msgTypes[27]
+	mi := &file_agent_v1_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1864,7 +1987,7 @@ func (x *RemoveCheckpointResponse) String() string {
 func (*RemoveCheckpointResponse) ProtoMessage() {}
 
 func (x *RemoveCheckpointResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[27]
+	mi := &file_agent_v1_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1877,7 +2000,7 @@ func (x *RemoveCheckpointResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveCheckpointResponse.ProtoReflect.Descriptor instead.
 func (*RemoveCheckpointResponse) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{27}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{29}
 }
 
 type CancelBuildRequest struct {
@@ -1889,7 +2012,7 @@ type CancelBuildRequest struct {
 
 func (x *CancelBuildRequest) Reset() {
 	*x = CancelBuildRequest{}
-	mi := &file_agent_v1_agent_proto_msgTypes[28]
+	mi := &file_agent_v1_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1901,7 +2024,7 @@ func (x *CancelBuildRequest) String() string {
 func (*CancelBuildRequest) ProtoMessage() {}
 
 func (x *CancelBuildRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[28]
+	mi := &file_agent_v1_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1914,7 +2037,7 @@ func (x *CancelBuildRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelBuildRequest.ProtoReflect.Descriptor instead.
 func (*CancelBuildRequest) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{28}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *CancelBuildRequest) GetBuildId() string {
@@ -1932,7 +2055,7 @@ type CancelBuildResponse struct {
 
 func (x *CancelBuildResponse) Reset() {
 	*x = CancelBuildResponse{}
-	mi := &file_agent_v1_agent_proto_msgTypes[29]
+	mi := &file_agent_v1_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1944,7 +2067,7 @@ func (x *CancelBuildResponse) String() string {
 func (*CancelBuildResponse) ProtoMessage() {}
 
 func (x *CancelBuildResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[29]
+	mi := &file_agent_v1_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1957,7 +2080,7 @@ func (x *CancelBuildResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelBuildResponse.ProtoReflect.Descriptor instead.
 func (*CancelBuildResponse) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{29}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{31}
 }
 
 type PutFileRequest struct {
@@ -1975,7 +2098,7 @@ type PutFileRequest struct {
 
 func (x *PutFileRequest) Reset() {
 	*x = PutFileRequest{}
-	mi := &file_agent_v1_agent_proto_msgTypes[30]
+	mi := &file_agent_v1_agent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1987,7 +2110,7 @@ func (x *PutFileRequest) String() string {
 func (*PutFileRequest) ProtoMessage() {}
 
 func (x *PutFileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[30]
+	mi := &file_agent_v1_agent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2000,7 +2123,7 @@ func (x *PutFileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PutFileRequest.ProtoReflect.Descriptor instead.
 func (*PutFileRequest) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{30}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *PutFileRequest) GetHash() string {
@@ -2042,7 +2165,7 @@ type PutFileResponse struct {
 
 func (x *PutFileResponse) Reset() {
 	*x = PutFileResponse{}
-	mi := &file_agent_v1_agent_proto_msgTypes[31]
+	mi := &file_agent_v1_agent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2054,7 +2177,7 @@ func (x *PutFileResponse) String() string {
 func (*PutFileResponse) ProtoMessage() {}
 
 func (x *PutFileResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[31]
+	mi := &file_agent_v1_agent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2067,7 +2190,7 @@ func (x *PutFileResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PutFileResponse.ProtoReflect.Descriptor instead.
 func (*PutFileResponse) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{31}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *PutFileResponse) GetBytes() int64 {
@@ -2104,7 +2227,7 @@ type PushRequest struct {
 
 func (x *PushRequest) Reset() {
 	*x = PushRequest{}
-	mi := &file_agent_v1_agent_proto_msgTypes[32]
+	mi := &file_agent_v1_agent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2116,7 +2239,7 @@ func (x *PushRequest) String() string {
 func (*PushRequest) ProtoMessage() {}
 
 func (x *PushRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[32]
+	mi := &file_agent_v1_agent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2129,7 +2252,7 @@ func (x *PushRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PushRequest.ProtoReflect.Descriptor instead.
 func (*PushRequest) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{32}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *PushRequest) GetBuildId() string {
@@ -2210,7 +2333,7 @@ type PushResponse struct {
 
 func (x *PushResponse) Reset() {
 	*x = PushResponse{}
-	mi := &file_agent_v1_agent_proto_msgTypes[33]
+	mi := &file_agent_v1_agent_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2222,7 +2345,7 @@ func (x *PushResponse) String() string {
 func (*PushResponse) ProtoMessage() {}
 
 func (x *PushResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[33]
+	mi := &file_agent_v1_agent_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2235,7 +2358,7 @@ func (x *PushResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PushResponse.ProtoReflect.Descriptor instead.
 func (*PushResponse) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{33}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{35}
 }
 
 type Resources struct {
@@ -2249,7 +2372,7 @@ type Resources struct {
 
 func (x *Resources) Reset() {
 	*x = Resources{}
-	mi := &file_agent_v1_agent_proto_msgTypes[34]
+	mi := &file_agent_v1_agent_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2261,7 +2384,7 @@ func (x *Resources) String() string {
 func (*Resources) ProtoMessage() {}
 
 func (x *Resources) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[34]
+	mi := &file_agent_v1_agent_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2274,7 +2397,7 @@ func (x *Resources) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Resources.ProtoReflect.Descriptor instead.
 func (*Resources) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{34}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *Resources) GetMilliCpu() int64 {
@@ -2343,7 +2466,7 @@ type Sandbox struct {
 
 func (x *Sandbox) Reset() {
 	*x = Sandbox{}
-	mi := &file_agent_v1_agent_proto_msgTypes[35]
+	mi := &file_agent_v1_agent_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2355,7 +2478,7 @@ func (x *Sandbox) String() string {
 func (*Sandbox) ProtoMessage() {}
 
 func (x *Sandbox) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[35]
+	mi := &file_agent_v1_agent_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2368,7 +2491,7 @@ func (x *Sandbox) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Sandbox.ProtoReflect.Descriptor instead.
 func (*Sandbox) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{35}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *Sandbox) GetId() string {
@@ -2588,7 +2711,7 @@ type CreateRequest struct {
 
 func (x *CreateRequest) Reset() {
 	*x = CreateRequest{}
-	mi := &file_agent_v1_agent_proto_msgTypes[36]
+	mi := &file_agent_v1_agent_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2600,7 +2723,7 @@ func (x *CreateRequest) String() string {
 func (*CreateRequest) ProtoMessage() {}
 
 func (x *CreateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[36]
+	mi := &file_agent_v1_agent_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2613,7 +2736,7 @@ func (x *CreateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateRequest.ProtoReflect.Descriptor instead.
 func (*CreateRequest) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{36}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *CreateRequest) GetTemplateId() string {
@@ -2759,7 +2882,7 @@ type CreateResponse struct {
 
 func (x *CreateResponse) Reset() {
 	*x = CreateResponse{}
-	mi := &file_agent_v1_agent_proto_msgTypes[37]
+	mi := &file_agent_v1_agent_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2771,7 +2894,7 @@ func (x *CreateResponse) String() string {
 func (*CreateResponse) ProtoMessage() {}
 
 func (x *CreateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[37]
+	mi := &file_agent_v1_agent_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2784,7 +2907,7 @@ func (x *CreateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateResponse.ProtoReflect.Descriptor instead.
 func (*CreateResponse) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{37}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *CreateResponse) GetSandbox() *Sandbox {
@@ -2810,7 +2933,7 @@ type GetRequest struct {
 
 func (x *GetRequest) Reset() {
 	*x = GetRequest{}
-	mi := &file_agent_v1_agent_proto_msgTypes[38]
+	mi := &file_agent_v1_agent_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2822,7 +2945,7 @@ func (x *GetRequest) String() string {
 func (*GetRequest) ProtoMessage() {}
 
 func (x *GetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[38]
+	mi := &file_agent_v1_agent_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2835,7 +2958,7 @@ func (x *GetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetRequest.ProtoReflect.Descriptor instead.
 func (*GetRequest) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{38}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *GetRequest) GetId() string {
@@ -2854,7 +2977,7 @@ type GetResponse struct {
 
 func (x *GetResponse) Reset() {
 	*x = GetResponse{}
-	mi := &file_agent_v1_agent_proto_msgTypes[39]
+	mi := &file_agent_v1_agent_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2866,7 +2989,7 @@ func (x *GetResponse) String() string {
 func (*GetResponse) ProtoMessage() {}
 
 func (x *GetResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[39]
+	mi := &file_agent_v1_agent_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2879,7 +3002,7 @@ func (x *GetResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetResponse.ProtoReflect.Descriptor instead.
 func (*GetResponse) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{39}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *GetResponse) GetSandbox() *Sandbox {
@@ -2901,7 +3024,7 @@ type KillRequest struct {
 
 func (x *KillRequest) Reset() {
 	*x = KillRequest{}
-	mi := &file_agent_v1_agent_proto_msgTypes[40]
+	mi := &file_agent_v1_agent_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2913,7 +3036,7 @@ func (x *KillRequest) String() string {
 func (*KillRequest) ProtoMessage() {}
 
 func (x *KillRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[40]
+	mi := &file_agent_v1_agent_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2926,7 +3049,7 @@ func (x *KillRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KillRequest.ProtoReflect.Descriptor instead.
 func (*KillRequest) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{40}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *KillRequest) GetId() string {
@@ -2958,7 +3081,7 @@ type KillResponse struct {
 
 func (x *KillResponse) Reset() {
 	*x = KillResponse{}
-	mi := &file_agent_v1_agent_proto_msgTypes[41]
+	mi := &file_agent_v1_agent_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2970,7 +3093,7 @@ func (x *KillResponse) String() string {
 func (*KillResponse) ProtoMessage() {}
 
 func (x *KillResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[41]
+	mi := &file_agent_v1_agent_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2983,7 +3106,7 @@ func (x *KillResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KillResponse.ProtoReflect.Descriptor instead.
 func (*KillResponse) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{41}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{43}
 }
 
 type SetTimeoutRequest struct {
@@ -3001,7 +3124,7 @@ type SetTimeoutRequest struct {
 
 func (x *SetTimeoutRequest) Reset() {
 	*x = SetTimeoutRequest{}
-	mi := &file_agent_v1_agent_proto_msgTypes[42]
+	mi := &file_agent_v1_agent_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3013,7 +3136,7 @@ func (x *SetTimeoutRequest) String() string {
 func (*SetTimeoutRequest) ProtoMessage() {}
 
 func (x *SetTimeoutRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[42]
+	mi := &file_agent_v1_agent_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3026,7 +3149,7 @@ func (x *SetTimeoutRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetTimeoutRequest.ProtoReflect.Descriptor instead.
 func (*SetTimeoutRequest) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{42}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *SetTimeoutRequest) GetId() string {
@@ -3066,7 +3189,7 @@ type SetTimeoutResponse struct {
 
 func (x *SetTimeoutResponse) Reset() {
 	*x = SetTimeoutResponse{}
-	mi := &file_agent_v1_agent_proto_msgTypes[43]
+	mi := &file_agent_v1_agent_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3078,7 +3201,7 @@ func (x *SetTimeoutResponse) String() string {
 func (*SetTimeoutResponse) ProtoMessage() {}
 
 func (x *SetTimeoutResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[43]
+	mi := &file_agent_v1_agent_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3091,7 +3214,7 @@ func (x *SetTimeoutResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetTimeoutResponse.ProtoReflect.Descriptor instead.
 func (*SetTimeoutResponse) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{43}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *SetTimeoutResponse) GetSandbox() *Sandbox {
@@ -3112,7 +3235,7 @@ type MetricsRequest struct {
 
 func (x *MetricsRequest) Reset() {
 	*x = MetricsRequest{}
-	mi := &file_agent_v1_agent_proto_msgTypes[44]
+	mi := &file_agent_v1_agent_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3124,7 +3247,7 @@ func (x *MetricsRequest) String() string {
 func (*MetricsRequest) ProtoMessage() {}
 
 func (x *MetricsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[44]
+	mi := &file_agent_v1_agent_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3137,7 +3260,7 @@ func (x *MetricsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MetricsRequest.ProtoReflect.Descriptor instead.
 func (*MetricsRequest) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{44}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *MetricsRequest) GetId() string {
@@ -3178,7 +3301,7 @@ type MetricSample struct {
 
 func (x *MetricSample) Reset() {
 	*x = MetricSample{}
-	mi := &file_agent_v1_agent_proto_msgTypes[45]
+	mi := &file_agent_v1_agent_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3190,7 +3313,7 @@ func (x *MetricSample) String() string {
 func (*MetricSample) ProtoMessage() {}
 
 func (x *MetricSample) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[45]
+	mi := &file_agent_v1_agent_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3203,7 +3326,7 @@ func (x *MetricSample) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MetricSample.ProtoReflect.Descriptor instead.
 func (*MetricSample) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{45}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *MetricSample) GetTime() *timestamppb.Timestamp {
@@ -3271,7 +3394,7 @@ type MetricsResponse struct {
 
 func (x *MetricsResponse) Reset() {
 	*x = MetricsResponse{}
-	mi := &file_agent_v1_agent_proto_msgTypes[46]
+	mi := &file_agent_v1_agent_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3283,7 +3406,7 @@ func (x *MetricsResponse) String() string {
 func (*MetricsResponse) ProtoMessage() {}
 
 func (x *MetricsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[46]
+	mi := &file_agent_v1_agent_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3296,7 +3419,7 @@ func (x *MetricsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MetricsResponse.ProtoReflect.Descriptor instead.
 func (*MetricsResponse) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{46}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *MetricsResponse) GetSamples() []*MetricSample {
@@ -3317,7 +3440,7 @@ type LogsRequest struct {
 
 func (x *LogsRequest) Reset() {
 	*x = LogsRequest{}
-	mi := &file_agent_v1_agent_proto_msgTypes[47]
+	mi := &file_agent_v1_agent_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3329,7 +3452,7 @@ func (x *LogsRequest) String() string {
 func (*LogsRequest) ProtoMessage() {}
 
 func (x *LogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[47]
+	mi := &file_agent_v1_agent_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3342,7 +3465,7 @@ func (x *LogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsRequest.ProtoReflect.Descriptor instead.
 func (*LogsRequest) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{47}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *LogsRequest) GetId() string {
@@ -3380,7 +3503,7 @@ type LogEntry struct {
 
 func (x *LogEntry) Reset() {
 	*x = LogEntry{}
-	mi := &file_agent_v1_agent_proto_msgTypes[48]
+	mi := &file_agent_v1_agent_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3392,7 +3515,7 @@ func (x *LogEntry) String() string {
 func (*LogEntry) ProtoMessage() {}
 
 func (x *LogEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[48]
+	mi := &file_agent_v1_agent_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3405,7 +3528,7 @@ func (x *LogEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogEntry.ProtoReflect.Descriptor instead.
 func (*LogEntry) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{48}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *LogEntry) GetTime() *timestamppb.Timestamp {
@@ -3452,7 +3575,7 @@ type LogsResponse struct {
 
 func (x *LogsResponse) Reset() {
 	*x = LogsResponse{}
-	mi := &file_agent_v1_agent_proto_msgTypes[49]
+	mi := &file_agent_v1_agent_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3464,7 +3587,7 @@ func (x *LogsResponse) String() string {
 func (*LogsResponse) ProtoMessage() {}
 
 func (x *LogsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[49]
+	mi := &file_agent_v1_agent_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3477,7 +3600,7 @@ func (x *LogsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsResponse.ProtoReflect.Descriptor instead.
 func (*LogsResponse) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{49}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *LogsResponse) GetEntries() []*LogEntry {
@@ -3517,7 +3640,7 @@ type BuildRequest struct {
 
 func (x *BuildRequest) Reset() {
 	*x = BuildRequest{}
-	mi := &file_agent_v1_agent_proto_msgTypes[50]
+	mi := &file_agent_v1_agent_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3529,7 +3652,7 @@ func (x *BuildRequest) String() string {
 func (*BuildRequest) ProtoMessage() {}
 
 func (x *BuildRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[50]
+	mi := &file_agent_v1_agent_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3542,7 +3665,7 @@ func (x *BuildRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildRequest.ProtoReflect.Descriptor instead.
 func (*BuildRequest) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{50}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *BuildRequest) GetTemplateId() string {
@@ -3650,7 +3773,7 @@ type BuildStep struct {
 
 func (x *BuildStep) Reset() {
 	*x = BuildStep{}
-	mi := &file_agent_v1_agent_proto_msgTypes[51]
+	mi := &file_agent_v1_agent_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3662,7 +3785,7 @@ func (x *BuildStep) String() string {
 func (*BuildStep) ProtoMessage() {}
 
 func (x *BuildStep) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[51]
+	mi := &file_agent_v1_agent_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3675,7 +3798,7 @@ func (x *BuildStep) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildStep.ProtoReflect.Descriptor instead.
 func (*BuildStep) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{51}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *BuildStep) GetType() string {
@@ -3715,7 +3838,7 @@ type BuildResponse struct {
 
 func (x *BuildResponse) Reset() {
 	*x = BuildResponse{}
-	mi := &file_agent_v1_agent_proto_msgTypes[52]
+	mi := &file_agent_v1_agent_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3727,7 +3850,7 @@ func (x *BuildResponse) String() string {
 func (*BuildResponse) ProtoMessage() {}
 
 func (x *BuildResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[52]
+	mi := &file_agent_v1_agent_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3740,7 +3863,7 @@ func (x *BuildResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildResponse.ProtoReflect.Descriptor instead.
 func (*BuildResponse) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{52}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *BuildResponse) GetBuildId() string {
@@ -3763,7 +3886,7 @@ type GetBuildRequest struct {
 
 func (x *GetBuildRequest) Reset() {
 	*x = GetBuildRequest{}
-	mi := &file_agent_v1_agent_proto_msgTypes[53]
+	mi := &file_agent_v1_agent_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3775,7 +3898,7 @@ func (x *GetBuildRequest) String() string {
 func (*GetBuildRequest) ProtoMessage() {}
 
 func (x *GetBuildRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[53]
+	mi := &file_agent_v1_agent_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3788,7 +3911,7 @@ func (x *GetBuildRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBuildRequest.ProtoReflect.Descriptor instead.
 func (*GetBuildRequest) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{53}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *GetBuildRequest) GetBuildId() string {
@@ -3850,7 +3973,7 @@ type GetBuildResponse struct {
 
 func (x *GetBuildResponse) Reset() {
 	*x = GetBuildResponse{}
-	mi := &file_agent_v1_agent_proto_msgTypes[54]
+	mi := &file_agent_v1_agent_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3862,7 +3985,7 @@ func (x *GetBuildResponse) String() string {
 func (*GetBuildResponse) ProtoMessage() {}
 
 func (x *GetBuildResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[54]
+	mi := &file_agent_v1_agent_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3875,7 +3998,7 @@ func (x *GetBuildResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBuildResponse.ProtoReflect.Descriptor instead.
 func (*GetBuildResponse) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{54}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *GetBuildResponse) GetState() BuildState {
@@ -3993,7 +4116,7 @@ type RemoveTemplateRequest struct {
 
 func (x *RemoveTemplateRequest) Reset() {
 	*x = RemoveTemplateRequest{}
-	mi := &file_agent_v1_agent_proto_msgTypes[55]
+	mi := &file_agent_v1_agent_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4005,7 +4128,7 @@ func (x *RemoveTemplateRequest) String() string {
 func (*RemoveTemplateRequest) ProtoMessage() {}
 
 func (x *RemoveTemplateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[55]
+	mi := &file_agent_v1_agent_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4018,7 +4141,7 @@ func (x *RemoveTemplateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveTemplateRequest.ProtoReflect.Descriptor instead.
 func (*RemoveTemplateRequest) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{55}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *RemoveTemplateRequest) GetTemplateId() string {
@@ -4043,7 +4166,7 @@ type RemoveTemplateResponse struct {
 
 func (x *RemoveTemplateResponse) Reset() {
 	*x = RemoveTemplateResponse{}
-	mi := &file_agent_v1_agent_proto_msgTypes[56]
+	mi := &file_agent_v1_agent_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4055,7 +4178,7 @@ func (x *RemoveTemplateResponse) String() string {
 func (*RemoveTemplateResponse) ProtoMessage() {}
 
 func (x *RemoveTemplateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[56]
+	mi := &file_agent_v1_agent_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4068,7 +4191,7 @@ func (x *RemoveTemplateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveTemplateResponse.ProtoReflect.Descriptor instead.
 func (*RemoveTemplateResponse) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{56}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{58}
 }
 
 type Load struct {
@@ -4088,7 +4211,7 @@ type Load struct {
 
 func (x *Load) Reset() {
 	*x = Load{}
-	mi := &file_agent_v1_agent_proto_msgTypes[57]
+	mi := &file_agent_v1_agent_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4100,7 +4223,7 @@ func (x *Load) String() string {
 func (*Load) ProtoMessage() {}
 
 func (x *Load) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[57]
+	mi := &file_agent_v1_agent_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4113,7 +4236,7 @@ func (x *Load) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Load.ProtoReflect.Descriptor instead.
 func (*Load) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{57}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *Load) GetCapacity() *Resources {
@@ -4252,7 +4375,14 @@ const file_agent_v1_agent_proto_rawDesc = "" +
 	"\x05below\x18\x02 \x01(\x03R\x05below\x12\x18\n" +
 	"\areplica\x18\x03 \x01(\tR\areplica\"4\n" +
 	"\x0eForgetResponse\x12\"\n" +
-	"\x04load\x18\x01 \x01(\v2\x0e.agent.v1.LoadR\x04load\"\xbf\x02\n" +
+	"\x04load\x18\x01 \x01(\v2\x0e.agent.v1.LoadR\x04load\"X\n" +
+	"\fGuardRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1e\n" +
+	"\n" +
+	"generation\x18\x02 \x01(\x03R\n" +
+	"generation\x12\x18\n" +
+	"\aguarded\x18\x03 \x01(\bR\aguarded\"\x0f\n" +
+	"\rGuardResponse\"\xbf\x02\n" +
 	"\n" +
 	"Checkpoint\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12,\n" +
@@ -4280,7 +4410,7 @@ const file_agent_v1_agent_proto_rawDesc = "" +
 	"generation\"`\n" +
 	"\rPauseResponse\x12+\n" +
 	"\asandbox\x18\x01 \x01(\v2\x11.agent.v1.SandboxR\asandbox\x12\"\n" +
-	"\x04load\x18\x02 \x01(\v2\x0e.agent.v1.LoadR\x04load\"\xbc\x01\n" +
+	"\x04load\x18\x02 \x01(\v2\x0e.agent.v1.LoadR\x04load\"\xda\x01\n" +
 	"\rResumeRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x123\n" +
 	"\atimeout\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\atimeout\x12\x1f\n" +
@@ -4288,7 +4418,8 @@ const file_agent_v1_agent_proto_rawDesc = "" +
 	"extendOnly\x12\x12\n" +
 	"\x04cold\x18\x04 \x01(\bR\x04cold\x12\"\n" +
 	"\n" +
-	"auto_pause\x18\x05 \x01(\bH\x00R\tautoPause\x88\x01\x01B\r\n" +
+	"auto_pause\x18\x05 \x01(\bH\x00R\tautoPause\x88\x01\x01\x12\x1c\n" +
+	"\tpermitted\x18\x06 \x01(\bR\tpermittedB\r\n" +
 	"\v_auto_pause\"{\n" +
 	"\x0eResumeResponse\x12+\n" +
 	"\asandbox\x18\x01 \x01(\v2\x11.agent.v1.SandboxR\asandbox\x12\"\n" +
@@ -4301,15 +4432,17 @@ const file_agent_v1_agent_proto_rawDesc = "" +
 	"\x10SnapshotResponse\x124\n" +
 	"\n" +
 	"checkpoint\x18\x01 \x01(\v2\x14.agent.v1.CheckpointR\n" +
-	"checkpoint\"F\n" +
+	"checkpoint\"d\n" +
 	"\x0fRollbackRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12#\n" +
-	"\rcheckpoint_id\x18\x02 \x01(\tR\fcheckpointId\"c\n" +
+	"\rcheckpoint_id\x18\x02 \x01(\tR\fcheckpointId\x12\x1c\n" +
+	"\tpermitted\x18\x03 \x01(\bR\tpermitted\"c\n" +
 	"\x10RollbackResponse\x12+\n" +
 	"\asandbox\x18\x01 \x01(\v2\x11.agent.v1.SandboxR\asandbox\x12\"\n" +
-	"\x04load\x18\x02 \x01(\v2\x0e.agent.v1.LoadR\x04load\">\n" +
+	"\x04load\x18\x02 \x01(\v2\x0e.agent.v1.LoadR\x04load\"V\n" +
 	"\x17RemoveCheckpointRequest\x12#\n" +
-	"\rcheckpoint_id\x18\x01 \x01(\tR\fcheckpointId\"\x1a\n" +
+	"\rcheckpoint_id\x18\x01 \x01(\tR\fcheckpointId\x12\x16\n" +
+	"\x06bucket\x18\x02 \x01(\bR\x06bucket\"\x1a\n" +
 	"\x18RemoveCheckpointResponse\"/\n" +
 	"\x12CancelBuildRequest\x12\x19\n" +
 	"\bbuild_id\x18\x01 \x01(\tR\abuildId\"\x15\n" +
@@ -4555,7 +4688,7 @@ const file_agent_v1_agent_proto_rawDesc = "" +
 	"\x17BUILD_STATE_UNSPECIFIED\x10\x00\x12\x18\n" +
 	"\x14BUILD_STATE_BUILDING\x10\x01\x12\x15\n" +
 	"\x11BUILD_STATE_READY\x10\x02\x12\x16\n" +
-	"\x12BUILD_STATE_FAILED\x10\x032\x8b\f\n" +
+	"\x12BUILD_STATE_FAILED\x10\x032\xc5\f\n" +
 	"\fAgentService\x12;\n" +
 	"\x06Create\x12\x17.agent.v1.CreateRequest\x1a\x18.agent.v1.CreateResponse\x122\n" +
 	"\x03Get\x12\x14.agent.v1.GetRequest\x1a\x15.agent.v1.GetResponse\x125\n" +
@@ -4581,7 +4714,8 @@ const file_agent_v1_agent_proto_rawDesc = "" +
 	"\aReceive\x12\x18.agent.v1.ReceiveRequest\x1a\x19.agent.v1.ReceiveResponse\x12;\n" +
 	"\x06Arrive\x12\x17.agent.v1.ArriveRequest\x1a\x18.agent.v1.ArriveResponse\x12;\n" +
 	"\x06Return\x12\x17.agent.v1.ReturnRequest\x1a\x18.agent.v1.ReturnResponse\x12;\n" +
-	"\x06Forget\x12\x17.agent.v1.ForgetRequest\x1a\x18.agent.v1.ForgetResponseB@Z>github.com/cloister-dev/cloister/internal/gen/agent/v1;agentv1b\x06proto3"
+	"\x06Forget\x12\x17.agent.v1.ForgetRequest\x1a\x18.agent.v1.ForgetResponse\x128\n" +
+	"\x05Guard\x12\x16.agent.v1.GuardRequest\x1a\x17.agent.v1.GuardResponseB@Z>github.com/cloister-dev/cloister/internal/gen/agent/v1;agentv1b\x06proto3"
 
 var (
 	file_agent_v1_agent_proto_rawDescOnce sync.Once
@@ -4596,7 +4730,7 @@ func file_agent_v1_agent_proto_rawDescGZIP() []byte {
 }
 
 var file_agent_v1_agent_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 63)
+var file_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 65)
 var file_agent_v1_agent_proto_goTypes = []any{
 	(CheckpointKind)(0),              // 0: agent.v1.CheckpointKind
 	(State)(0),                       // 1: agent.v1.State
@@ -4617,151 +4751,153 @@ var file_agent_v1_agent_proto_goTypes = []any{
 	(*ReturnResponse)(nil),           // 16: agent.v1.ReturnResponse
 	(*ForgetRequest)(nil),            // 17: agent.v1.ForgetRequest
 	(*ForgetResponse)(nil),           // 18: agent.v1.ForgetResponse
-	(*Checkpoint)(nil),               // 19: agent.v1.Checkpoint
-	(*GuestSettings)(nil),            // 20: agent.v1.GuestSettings
-	(*PauseRequest)(nil),             // 21: agent.v1.PauseRequest
-	(*PauseResponse)(nil),            // 22: agent.v1.PauseResponse
-	(*ResumeRequest)(nil),            // 23: agent.v1.ResumeRequest
-	(*ResumeResponse)(nil),           // 24: agent.v1.ResumeResponse
-	(*SnapshotRequest)(nil),          // 25: agent.v1.SnapshotRequest
-	(*SnapshotResponse)(nil),         // 26: agent.v1.SnapshotResponse
-	(*RollbackRequest)(nil),          // 27: agent.v1.RollbackRequest
-	(*RollbackResponse)(nil),         // 28: agent.v1.RollbackResponse
-	(*RemoveCheckpointRequest)(nil),  // 29: agent.v1.RemoveCheckpointRequest
-	(*RemoveCheckpointResponse)(nil), // 30: agent.v1.RemoveCheckpointResponse
-	(*CancelBuildRequest)(nil),       // 31: agent.v1.CancelBuildRequest
-	(*CancelBuildResponse)(nil),      // 32: agent.v1.CancelBuildResponse
-	(*PutFileRequest)(nil),           // 33: agent.v1.PutFileRequest
-	(*PutFileResponse)(nil),          // 34: agent.v1.PutFileResponse
-	(*PushRequest)(nil),              // 35: agent.v1.PushRequest
-	(*PushResponse)(nil),             // 36: agent.v1.PushResponse
-	(*Resources)(nil),                // 37: agent.v1.Resources
-	(*Sandbox)(nil),                  // 38: agent.v1.Sandbox
-	(*CreateRequest)(nil),            // 39: agent.v1.CreateRequest
-	(*CreateResponse)(nil),           // 40: agent.v1.CreateResponse
-	(*GetRequest)(nil),               // 41: agent.v1.GetRequest
-	(*GetResponse)(nil),              // 42: agent.v1.GetResponse
-	(*KillRequest)(nil),              // 43: agent.v1.KillRequest
-	(*KillResponse)(nil),             // 44: agent.v1.KillResponse
-	(*SetTimeoutRequest)(nil),        // 45: agent.v1.SetTimeoutRequest
-	(*SetTimeoutResponse)(nil),       // 46: agent.v1.SetTimeoutResponse
-	(*MetricsRequest)(nil),           // 47: agent.v1.MetricsRequest
-	(*MetricSample)(nil),             // 48: agent.v1.MetricSample
-	(*MetricsResponse)(nil),          // 49: agent.v1.MetricsResponse
-	(*LogsRequest)(nil),              // 50: agent.v1.LogsRequest
-	(*LogEntry)(nil),                 // 51: agent.v1.LogEntry
-	(*LogsResponse)(nil),             // 52: agent.v1.LogsResponse
-	(*BuildRequest)(nil),             // 53: agent.v1.BuildRequest
-	(*BuildStep)(nil),                // 54: agent.v1.BuildStep
-	(*BuildResponse)(nil),            // 55: agent.v1.BuildResponse
-	(*GetBuildRequest)(nil),          // 56: agent.v1.GetBuildRequest
-	(*GetBuildResponse)(nil),         // 57: agent.v1.GetBuildResponse
-	(*RemoveTemplateRequest)(nil),    // 58: agent.v1.RemoveTemplateRequest
-	(*RemoveTemplateResponse)(nil),   // 59: agent.v1.RemoveTemplateResponse
-	(*Load)(nil),                     // 60: agent.v1.Load
-	nil,                              // 61: agent.v1.GuestSettings.EnvEntry
-	nil,                              // 62: agent.v1.Sandbox.MetadataEntry
-	nil,                              // 63: agent.v1.CreateRequest.MetadataEntry
-	nil,                              // 64: agent.v1.CreateRequest.EnvEntry
-	nil,                              // 65: agent.v1.LogEntry.FieldsEntry
-	(*durationpb.Duration)(nil),      // 66: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),    // 67: google.protobuf.Timestamp
+	(*GuardRequest)(nil),             // 19: agent.v1.GuardRequest
+	(*GuardResponse)(nil),            // 20: agent.v1.GuardResponse
+	(*Checkpoint)(nil),               // 21: agent.v1.Checkpoint
+	(*GuestSettings)(nil),            // 22: agent.v1.GuestSettings
+	(*PauseRequest)(nil),             // 23: agent.v1.PauseRequest
+	(*PauseResponse)(nil),            // 24: agent.v1.PauseResponse
+	(*ResumeRequest)(nil),            // 25: agent.v1.ResumeRequest
+	(*ResumeResponse)(nil),           // 26: agent.v1.ResumeResponse
+	(*SnapshotRequest)(nil),          // 27: agent.v1.SnapshotRequest
+	(*SnapshotResponse)(nil),         // 28: agent.v1.SnapshotResponse
+	(*RollbackRequest)(nil),          // 29: agent.v1.RollbackRequest
+	(*RollbackResponse)(nil),         // 30: agent.v1.RollbackResponse
+	(*RemoveCheckpointRequest)(nil),  // 31: agent.v1.RemoveCheckpointRequest
+	(*RemoveCheckpointResponse)(nil), // 32: agent.v1.RemoveCheckpointResponse
+	(*CancelBuildRequest)(nil),       // 33: agent.v1.CancelBuildRequest
+	(*CancelBuildResponse)(nil),      // 34: agent.v1.CancelBuildResponse
+	(*PutFileRequest)(nil),           // 35: agent.v1.PutFileRequest
+	(*PutFileResponse)(nil),          // 36: agent.v1.PutFileResponse
+	(*PushRequest)(nil),              // 37: agent.v1.PushRequest
+	(*PushResponse)(nil),             // 38: agent.v1.PushResponse
+	(*Resources)(nil),                // 39: agent.v1.Resources
+	(*Sandbox)(nil),                  // 40: agent.v1.Sandbox
+	(*CreateRequest)(nil),            // 41: agent.v1.CreateRequest
+	(*CreateResponse)(nil),           // 42: agent.v1.CreateResponse
+	(*GetRequest)(nil),               // 43: agent.v1.GetRequest
+	(*GetResponse)(nil),              // 44: agent.v1.GetResponse
+	(*KillRequest)(nil),              // 45: agent.v1.KillRequest
+	(*KillResponse)(nil),             // 46: agent.v1.KillResponse
+	(*SetTimeoutRequest)(nil),        // 47: agent.v1.SetTimeoutRequest
+	(*SetTimeoutResponse)(nil),       // 48: agent.v1.SetTimeoutResponse
+	(*MetricsRequest)(nil),           // 49: agent.v1.MetricsRequest
+	(*MetricSample)(nil),             // 50: agent.v1.MetricSample
+	(*MetricsResponse)(nil),          // 51: agent.v1.MetricsResponse
+	(*LogsRequest)(nil),              // 52: agent.v1.LogsRequest
+	(*LogEntry)(nil),                 // 53: agent.v1.LogEntry
+	(*LogsResponse)(nil),             // 54: agent.v1.LogsResponse
+	(*BuildRequest)(nil),             // 55: agent.v1.BuildRequest
+	(*BuildStep)(nil),                // 56: agent.v1.BuildStep
+	(*BuildResponse)(nil),            // 57: agent.v1.BuildResponse
+	(*GetBuildRequest)(nil),          // 58: agent.v1.GetBuildRequest
+	(*GetBuildResponse)(nil),         // 59: agent.v1.GetBuildResponse
+	(*RemoveTemplateRequest)(nil),    // 60: agent.v1.RemoveTemplateRequest
+	(*RemoveTemplateResponse)(nil),   // 61: agent.v1.RemoveTemplateResponse
+	(*Load)(nil),                     // 62: agent.v1.Load
+	nil,                              // 63: agent.v1.GuestSettings.EnvEntry
+	nil,                              // 64: agent.v1.Sandbox.MetadataEntry
+	nil,                              // 65: agent.v1.CreateRequest.MetadataEntry
+	nil,                              // 66: agent.v1.CreateRequest.EnvEntry
+	nil,                              // 67: agent.v1.LogEntry.FieldsEntry
+	(*durationpb.Duration)(nil),      // 68: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),    // 69: google.protobuf.Timestamp
 }
 var file_agent_v1_agent_proto_depIdxs = []int32{
 	3,   // 0: agent.v1.FetchRequest.peers:type_name -> agent.v1.Peer
-	37,  // 1: agent.v1.FetchRequest.warm:type_name -> agent.v1.Resources
-	19,  // 2: agent.v1.FetchResponse.checkpoint:type_name -> agent.v1.Checkpoint
-	38,  // 3: agent.v1.Parcel.sandbox:type_name -> agent.v1.Sandbox
-	19,  // 4: agent.v1.Parcel.checkpoint:type_name -> agent.v1.Checkpoint
-	20,  // 5: agent.v1.Parcel.guest:type_name -> agent.v1.GuestSettings
-	66,  // 6: agent.v1.DepartRequest.grace:type_name -> google.protobuf.Duration
-	66,  // 7: agent.v1.DepartRequest.deadline:type_name -> google.protobuf.Duration
+	39,  // 1: agent.v1.FetchRequest.warm:type_name -> agent.v1.Resources
+	21,  // 2: agent.v1.FetchResponse.checkpoint:type_name -> agent.v1.Checkpoint
+	40,  // 3: agent.v1.Parcel.sandbox:type_name -> agent.v1.Sandbox
+	21,  // 4: agent.v1.Parcel.checkpoint:type_name -> agent.v1.Checkpoint
+	22,  // 5: agent.v1.Parcel.guest:type_name -> agent.v1.GuestSettings
+	68,  // 6: agent.v1.DepartRequest.grace:type_name -> google.protobuf.Duration
+	68,  // 7: agent.v1.DepartRequest.deadline:type_name -> google.protobuf.Duration
 	8,   // 8: agent.v1.DepartResponse.parcel:type_name -> agent.v1.Parcel
-	60,  // 9: agent.v1.DepartResponse.load:type_name -> agent.v1.Load
+	62,  // 9: agent.v1.DepartResponse.load:type_name -> agent.v1.Load
 	8,   // 10: agent.v1.ReceiveRequest.parcel:type_name -> agent.v1.Parcel
 	3,   // 11: agent.v1.ReceiveRequest.peers:type_name -> agent.v1.Peer
-	38,  // 12: agent.v1.ReceiveResponse.sandbox:type_name -> agent.v1.Sandbox
-	60,  // 13: agent.v1.ReceiveResponse.load:type_name -> agent.v1.Load
-	38,  // 14: agent.v1.ArriveResponse.sandbox:type_name -> agent.v1.Sandbox
-	60,  // 15: agent.v1.ArriveResponse.load:type_name -> agent.v1.Load
-	38,  // 16: agent.v1.ReturnResponse.sandbox:type_name -> agent.v1.Sandbox
-	60,  // 17: agent.v1.ReturnResponse.load:type_name -> agent.v1.Load
-	60,  // 18: agent.v1.ForgetResponse.load:type_name -> agent.v1.Load
+	40,  // 12: agent.v1.ReceiveResponse.sandbox:type_name -> agent.v1.Sandbox
+	62,  // 13: agent.v1.ReceiveResponse.load:type_name -> agent.v1.Load
+	40,  // 14: agent.v1.ArriveResponse.sandbox:type_name -> agent.v1.Sandbox
+	62,  // 15: agent.v1.ArriveResponse.load:type_name -> agent.v1.Load
+	40,  // 16: agent.v1.ReturnResponse.sandbox:type_name -> agent.v1.Sandbox
+	62,  // 17: agent.v1.ReturnResponse.load:type_name -> agent.v1.Load
+	62,  // 18: agent.v1.ForgetResponse.load:type_name -> agent.v1.Load
 	0,   // 19: agent.v1.Checkpoint.kind:type_name -> agent.v1.CheckpointKind
-	37,  // 20: agent.v1.Checkpoint.resources:type_name -> agent.v1.Resources
-	67,  // 21: agent.v1.Checkpoint.created_at:type_name -> google.protobuf.Timestamp
-	20,  // 22: agent.v1.Checkpoint.guest:type_name -> agent.v1.GuestSettings
-	61,  // 23: agent.v1.GuestSettings.env:type_name -> agent.v1.GuestSettings.EnvEntry
+	39,  // 20: agent.v1.Checkpoint.resources:type_name -> agent.v1.Resources
+	69,  // 21: agent.v1.Checkpoint.created_at:type_name -> google.protobuf.Timestamp
+	22,  // 22: agent.v1.Checkpoint.guest:type_name -> agent.v1.GuestSettings
+	63,  // 23: agent.v1.GuestSettings.env:type_name -> agent.v1.GuestSettings.EnvEntry
 	0,   // 24: agent.v1.PauseRequest.kind:type_name -> agent.v1.CheckpointKind
-	38,  // 25: agent.v1.PauseResponse.sandbox:type_name -> agent.v1.Sandbox
-	60,  // 26: agent.v1.PauseResponse.load:type_name -> agent.v1.Load
-	66,  // 27: agent.v1.ResumeRequest.timeout:type_name -> google.protobuf.Duration
-	38,  // 28: agent.v1.ResumeResponse.sandbox:type_name -> agent.v1.Sandbox
-	60,  // 29: agent.v1.ResumeResponse.load:type_name -> agent.v1.Load
+	40,  // 25: agent.v1.PauseResponse.sandbox:type_name -> agent.v1.Sandbox
+	62,  // 26: agent.v1.PauseResponse.load:type_name -> agent.v1.Load
+	68,  // 27: agent.v1.ResumeRequest.timeout:type_name -> google.protobuf.Duration
+	40,  // 28: agent.v1.ResumeResponse.sandbox:type_name -> agent.v1.Sandbox
+	62,  // 29: agent.v1.ResumeResponse.load:type_name -> agent.v1.Load
 	0,   // 30: agent.v1.SnapshotRequest.kind:type_name -> agent.v1.CheckpointKind
-	19,  // 31: agent.v1.SnapshotResponse.checkpoint:type_name -> agent.v1.Checkpoint
-	38,  // 32: agent.v1.RollbackResponse.sandbox:type_name -> agent.v1.Sandbox
-	60,  // 33: agent.v1.RollbackResponse.load:type_name -> agent.v1.Load
-	20,  // 34: agent.v1.PushRequest.guest:type_name -> agent.v1.GuestSettings
-	37,  // 35: agent.v1.PushRequest.resources:type_name -> agent.v1.Resources
+	21,  // 31: agent.v1.SnapshotResponse.checkpoint:type_name -> agent.v1.Checkpoint
+	40,  // 32: agent.v1.RollbackResponse.sandbox:type_name -> agent.v1.Sandbox
+	62,  // 33: agent.v1.RollbackResponse.load:type_name -> agent.v1.Load
+	22,  // 34: agent.v1.PushRequest.guest:type_name -> agent.v1.GuestSettings
+	39,  // 35: agent.v1.PushRequest.resources:type_name -> agent.v1.Resources
 	1,   // 36: agent.v1.Sandbox.state:type_name -> agent.v1.State
-	37,  // 37: agent.v1.Sandbox.resources:type_name -> agent.v1.Resources
-	62,  // 38: agent.v1.Sandbox.metadata:type_name -> agent.v1.Sandbox.MetadataEntry
-	67,  // 39: agent.v1.Sandbox.started_at:type_name -> google.protobuf.Timestamp
-	67,  // 40: agent.v1.Sandbox.end_at:type_name -> google.protobuf.Timestamp
-	67,  // 41: agent.v1.Sandbox.ended_at:type_name -> google.protobuf.Timestamp
+	39,  // 37: agent.v1.Sandbox.resources:type_name -> agent.v1.Resources
+	64,  // 38: agent.v1.Sandbox.metadata:type_name -> agent.v1.Sandbox.MetadataEntry
+	69,  // 39: agent.v1.Sandbox.started_at:type_name -> google.protobuf.Timestamp
+	69,  // 40: agent.v1.Sandbox.end_at:type_name -> google.protobuf.Timestamp
+	69,  // 41: agent.v1.Sandbox.ended_at:type_name -> google.protobuf.Timestamp
 	0,   // 42: agent.v1.Sandbox.auto_pause_kind:type_name -> agent.v1.CheckpointKind
-	67,  // 43: agent.v1.Sandbox.paused_at:type_name -> google.protobuf.Timestamp
+	69,  // 43: agent.v1.Sandbox.paused_at:type_name -> google.protobuf.Timestamp
 	0,   // 44: agent.v1.Sandbox.paused_kind:type_name -> agent.v1.CheckpointKind
-	66,  // 45: agent.v1.Sandbox.timeout:type_name -> google.protobuf.Duration
-	37,  // 46: agent.v1.CreateRequest.resources:type_name -> agent.v1.Resources
-	63,  // 47: agent.v1.CreateRequest.metadata:type_name -> agent.v1.CreateRequest.MetadataEntry
-	64,  // 48: agent.v1.CreateRequest.env:type_name -> agent.v1.CreateRequest.EnvEntry
-	66,  // 49: agent.v1.CreateRequest.timeout:type_name -> google.protobuf.Duration
-	20,  // 50: agent.v1.CreateRequest.guest:type_name -> agent.v1.GuestSettings
+	68,  // 45: agent.v1.Sandbox.timeout:type_name -> google.protobuf.Duration
+	39,  // 46: agent.v1.CreateRequest.resources:type_name -> agent.v1.Resources
+	65,  // 47: agent.v1.CreateRequest.metadata:type_name -> agent.v1.CreateRequest.MetadataEntry
+	66,  // 48: agent.v1.CreateRequest.env:type_name -> agent.v1.CreateRequest.EnvEntry
+	68,  // 49: agent.v1.CreateRequest.timeout:type_name -> google.protobuf.Duration
+	22,  // 50: agent.v1.CreateRequest.guest:type_name -> agent.v1.GuestSettings
 	0,   // 51: agent.v1.CreateRequest.auto_pause_kind:type_name -> agent.v1.CheckpointKind
 	3,   // 52: agent.v1.CreateRequest.peers:type_name -> agent.v1.Peer
-	38,  // 53: agent.v1.CreateResponse.sandbox:type_name -> agent.v1.Sandbox
-	60,  // 54: agent.v1.CreateResponse.load:type_name -> agent.v1.Load
-	38,  // 55: agent.v1.GetResponse.sandbox:type_name -> agent.v1.Sandbox
-	66,  // 56: agent.v1.SetTimeoutRequest.timeout:type_name -> google.protobuf.Duration
-	38,  // 57: agent.v1.SetTimeoutResponse.sandbox:type_name -> agent.v1.Sandbox
-	67,  // 58: agent.v1.MetricsRequest.start:type_name -> google.protobuf.Timestamp
-	67,  // 59: agent.v1.MetricsRequest.end:type_name -> google.protobuf.Timestamp
-	67,  // 60: agent.v1.MetricSample.time:type_name -> google.protobuf.Timestamp
-	48,  // 61: agent.v1.MetricsResponse.samples:type_name -> agent.v1.MetricSample
-	67,  // 62: agent.v1.LogsRequest.start:type_name -> google.protobuf.Timestamp
-	67,  // 63: agent.v1.LogEntry.time:type_name -> google.protobuf.Timestamp
-	65,  // 64: agent.v1.LogEntry.fields:type_name -> agent.v1.LogEntry.FieldsEntry
-	51,  // 65: agent.v1.LogsResponse.entries:type_name -> agent.v1.LogEntry
-	20,  // 66: agent.v1.BuildRequest.base_guest:type_name -> agent.v1.GuestSettings
-	54,  // 67: agent.v1.BuildRequest.steps:type_name -> agent.v1.BuildStep
-	37,  // 68: agent.v1.BuildRequest.resources:type_name -> agent.v1.Resources
-	66,  // 69: agent.v1.GetBuildRequest.wait:type_name -> google.protobuf.Duration
+	40,  // 53: agent.v1.CreateResponse.sandbox:type_name -> agent.v1.Sandbox
+	62,  // 54: agent.v1.CreateResponse.load:type_name -> agent.v1.Load
+	40,  // 55: agent.v1.GetResponse.sandbox:type_name -> agent.v1.Sandbox
+	68,  // 56: agent.v1.SetTimeoutRequest.timeout:type_name -> google.protobuf.Duration
+	40,  // 57: agent.v1.SetTimeoutResponse.sandbox:type_name -> agent.v1.Sandbox
+	69,  // 58: agent.v1.MetricsRequest.start:type_name -> google.protobuf.Timestamp
+	69,  // 59: agent.v1.MetricsRequest.end:type_name -> google.protobuf.Timestamp
+	69,  // 60: agent.v1.MetricSample.time:type_name -> google.protobuf.Timestamp
+	50,  // 61: agent.v1.MetricsResponse.samples:type_name -> agent.v1.MetricSample
+	69,  // 62: agent.v1.LogsRequest.start:type_name -> google.protobuf.Timestamp
+	69,  // 63: agent.v1.LogEntry.time:type_name -> google.protobuf.Timestamp
+	67,  // 64: agent.v1.LogEntry.fields:type_name -> agent.v1.LogEntry.FieldsEntry
+	53,  // 65: agent.v1.LogsResponse.entries:type_name -> agent.v1.LogEntry
+	22,  // 66: agent.v1.BuildRequest.base_guest:type_name -> agent.v1.GuestSettings
+	56,  // 67: agent.v1.BuildRequest.steps:type_name -> agent.v1.BuildStep
+	39,  // 68: agent.v1.BuildRequest.resources:type_name -> agent.v1.Resources
+	68,  // 69: agent.v1.GetBuildRequest.wait:type_name -> google.protobuf.Duration
 	2,   // 70: agent.v1.GetBuildResponse.state:type_name -> agent.v1.BuildState
-	51,  // 71: agent.v1.GetBuildResponse.entries:type_name -> agent.v1.LogEntry
-	20,  // 72: agent.v1.GetBuildResponse.guest:type_name -> agent.v1.GuestSettings
-	19,  // 73: agent.v1.GetBuildResponse.checkpoint:type_name -> agent.v1.Checkpoint
-	37,  // 74: agent.v1.GetBuildResponse.resources:type_name -> agent.v1.Resources
-	37,  // 75: agent.v1.Load.capacity:type_name -> agent.v1.Resources
-	37,  // 76: agent.v1.Load.allocated:type_name -> agent.v1.Resources
-	39,  // 77: agent.v1.AgentService.Create:input_type -> agent.v1.CreateRequest
-	41,  // 78: agent.v1.AgentService.Get:input_type -> agent.v1.GetRequest
-	43,  // 79: agent.v1.AgentService.Kill:input_type -> agent.v1.KillRequest
-	45,  // 80: agent.v1.AgentService.SetTimeout:input_type -> agent.v1.SetTimeoutRequest
-	47,  // 81: agent.v1.AgentService.Metrics:input_type -> agent.v1.MetricsRequest
-	50,  // 82: agent.v1.AgentService.Logs:input_type -> agent.v1.LogsRequest
-	53,  // 83: agent.v1.AgentService.Build:input_type -> agent.v1.BuildRequest
-	56,  // 84: agent.v1.AgentService.GetBuild:input_type -> agent.v1.GetBuildRequest
-	31,  // 85: agent.v1.AgentService.CancelBuild:input_type -> agent.v1.CancelBuildRequest
-	33,  // 86: agent.v1.AgentService.PutFile:input_type -> agent.v1.PutFileRequest
-	35,  // 87: agent.v1.AgentService.Push:input_type -> agent.v1.PushRequest
-	58,  // 88: agent.v1.AgentService.RemoveTemplate:input_type -> agent.v1.RemoveTemplateRequest
-	21,  // 89: agent.v1.AgentService.Pause:input_type -> agent.v1.PauseRequest
-	23,  // 90: agent.v1.AgentService.Resume:input_type -> agent.v1.ResumeRequest
-	25,  // 91: agent.v1.AgentService.Snapshot:input_type -> agent.v1.SnapshotRequest
-	27,  // 92: agent.v1.AgentService.Rollback:input_type -> agent.v1.RollbackRequest
-	29,  // 93: agent.v1.AgentService.RemoveCheckpoint:input_type -> agent.v1.RemoveCheckpointRequest
+	53,  // 71: agent.v1.GetBuildResponse.entries:type_name -> agent.v1.LogEntry
+	22,  // 72: agent.v1.GetBuildResponse.guest:type_name -> agent.v1.GuestSettings
+	21,  // 73: agent.v1.GetBuildResponse.checkpoint:type_name -> agent.v1.Checkpoint
+	39,  // 74: agent.v1.GetBuildResponse.resources:type_name -> agent.v1.Resources
+	39,  // 75: agent.v1.Load.capacity:type_name -> agent.v1.Resources
+	39,  // 76: agent.v1.Load.allocated:type_name -> agent.v1.Resources
+	41,  // 77: agent.v1.AgentService.Create:input_type -> agent.v1.CreateRequest
+	43,  // 78: agent.v1.AgentService.Get:input_type -> agent.v1.GetRequest
+	45,  // 79: agent.v1.AgentService.Kill:input_type -> agent.v1.KillRequest
+	47,  // 80: agent.v1.AgentService.SetTimeout:input_type -> agent.v1.SetTimeoutRequest
+	49,  // 81: agent.v1.AgentService.Metrics:input_type -> agent.v1.MetricsRequest
+	52,  // 82: agent.v1.AgentService.Logs:input_type -> agent.v1.LogsRequest
+	55,  // 83: agent.v1.AgentService.Build:input_type -> agent.v1.BuildRequest
+	58,  // 84: agent.v1.AgentService.GetBuild:input_type -> agent.v1.GetBuildRequest
+	33,  // 85: agent.v1.AgentService.CancelBuild:input_type -> agent.v1.CancelBuildRequest
+	35,  // 86: agent.v1.AgentService.PutFile:input_type -> agent.v1.PutFileRequest
+	37,  // 87: agent.v1.AgentService.Push:input_type -> agent.v1.PushRequest
+	60,  // 88: agent.v1.AgentService.RemoveTemplate:input_type -> agent.v1.RemoveTemplateRequest
+	23,  // 89: agent.v1.AgentService.Pause:input_type -> agent.v1.PauseRequest
+	25,  // 90: agent.v1.AgentService.Resume:input_type -> agent.v1.ResumeRequest
+	27,  // 91: agent.v1.AgentService.Snapshot:input_type -> agent.v1.SnapshotRequest
+	29,  // 92: agent.v1.AgentService.Rollback:input_type -> agent.v1.RollbackRequest
+	31,  // 93: agent.v1.AgentService.RemoveCheckpoint:input_type -> agent.v1.RemoveCheckpointRequest
 	4,   // 94: agent.v1.AgentService.Fetch:input_type -> agent.v1.FetchRequest
 	6,   // 95: agent.v1.AgentService.Store:input_type -> agent.v1.StoreRequest
 	9,   // 96: agent.v1.AgentService.Depart:input_type -> agent.v1.DepartRequest
@@ -4769,32 +4905,34 @@ var file_agent_v1_agent_proto_depIdxs = []int32{
 	13,  // 98: agent.v1.AgentService.Arrive:input_type -> agent.v1.ArriveRequest
 	15,  // 99: agent.v1.AgentService.Return:input_type -> agent.v1.ReturnRequest
 	17,  // 100: agent.v1.AgentService.Forget:input_type -> agent.v1.ForgetRequest
-	40,  // 101: agent.v1.AgentService.Create:output_type -> agent.v1.CreateResponse
-	42,  // 102: agent.v1.AgentService.Get:output_type -> agent.v1.GetResponse
-	44,  // 103: agent.v1.AgentService.Kill:output_type -> agent.v1.KillResponse
-	46,  // 104: agent.v1.AgentService.SetTimeout:output_type -> agent.v1.SetTimeoutResponse
-	49,  // 105: agent.v1.AgentService.Metrics:output_type -> agent.v1.MetricsResponse
-	52,  // 106: agent.v1.AgentService.Logs:output_type -> agent.v1.LogsResponse
-	55,  // 107: agent.v1.AgentService.Build:output_type -> agent.v1.BuildResponse
-	57,  // 108: agent.v1.AgentService.GetBuild:output_type -> agent.v1.GetBuildResponse
-	32,  // 109: agent.v1.AgentService.CancelBuild:output_type -> agent.v1.CancelBuildResponse
-	34,  // 110: agent.v1.AgentService.PutFile:output_type -> agent.v1.PutFileResponse
-	36,  // 111: agent.v1.AgentService.Push:output_type -> agent.v1.PushResponse
-	59,  // 112: agent.v1.AgentService.RemoveTemplate:output_type -> agent.v1.RemoveTemplateResponse
-	22,  // 113: agent.v1.AgentService.Pause:output_type -> agent.v1.PauseResponse
-	24,  // 114: agent.v1.AgentService.Resume:output_type -> agent.v1.ResumeResponse
-	26,  // 115: agent.v1.AgentService.Snapshot:output_type -> agent.v1.SnapshotResponse
-	28,  // 116: agent.v1.AgentService.Rollback:output_type -> agent.v1.RollbackResponse
-	30,  // 117: agent.v1.AgentService.RemoveCheckpoint:output_type -> agent.v1.RemoveCheckpointResponse
-	5,   // 118: agent.v1.AgentService.Fetch:output_type -> agent.v1.FetchResponse
-	7,   // 119: agent.v1.AgentService.Store:output_type -> agent.v1.StoreResponse
-	10,  // 120: agent.v1.AgentService.Depart:output_type -> agent.v1.DepartResponse
-	12,  // 121: agent.v1.AgentService.Receive:output_type -> agent.v1.ReceiveResponse
-	14,  // 122: agent.v1.AgentService.Arrive:output_type -> agent.v1.ArriveResponse
-	16,  // 123: agent.v1.AgentService.Return:output_type -> agent.v1.ReturnResponse
-	18,  // 124: agent.v1.AgentService.Forget:output_type -> agent.v1.ForgetResponse
-	101, // [101:125] is the sub-list for method output_type
-	77,  // [77:101] is the sub-list for method input_type
+	19,  // 101: agent.v1.AgentService.Guard:input_type -> agent.v1.GuardRequest
+	42,  // 102: agent.v1.AgentService.Create:output_type -> agent.v1.CreateResponse
+	44,  // 103: agent.v1.AgentService.Get:output_type -> agent.v1.GetResponse
+	46,  // 104: agent.v1.AgentService.Kill:output_type -> agent.v1.KillResponse
+	48,  // 105: agent.v1.AgentService.SetTimeout:output_type -> agent.v1.SetTimeoutResponse
+	51,  // 106: agent.v1.AgentService.Metrics:output_type -> agent.v1.MetricsResponse
+	54,  // 107: agent.v1.AgentService.Logs:output_type -> agent.v1.LogsResponse
+	57,  // 108: agent.v1.AgentService.Build:output_type -> agent.v1.BuildResponse
+	59,  // 109: agent.v1.AgentService.GetBuild:output_type -> agent.v1.GetBuildResponse
+	34,  // 110: agent.v1.AgentService.CancelBuild:output_type -> agent.v1.CancelBuildResponse
+	36,  // 111: agent.v1.AgentService.PutFile:output_type -> agent.v1.PutFileResponse
+	38,  // 112: agent.v1.AgentService.Push:output_type -> agent.v1.PushResponse
+	61,  // 113: agent.v1.AgentService.RemoveTemplate:output_type -> agent.v1.RemoveTemplateResponse
+	24,  // 114: agent.v1.AgentService.Pause:output_type -> agent.v1.PauseResponse
+	26,  // 115: agent.v1.AgentService.Resume:output_type -> agent.v1.ResumeResponse
+	28,  // 116: agent.v1.AgentService.Snapshot:output_type -> agent.v1.SnapshotResponse
+	30,  // 117: agent.v1.AgentService.Rollback:output_type -> agent.v1.RollbackResponse
+	32,  // 118: agent.v1.AgentService.RemoveCheckpoint:output_type -> agent.v1.RemoveCheckpointResponse
+	5,   // 119: agent.v1.AgentService.Fetch:output_type -> agent.v1.FetchResponse
+	7,   // 120: agent.v1.AgentService.Store:output_type -> agent.v1.StoreResponse
+	10,  // 121: agent.v1.AgentService.Depart:output_type -> agent.v1.DepartResponse
+	12,  // 122: agent.v1.AgentService.Receive:output_type -> agent.v1.ReceiveResponse
+	14,  // 123: agent.v1.AgentService.Arrive:output_type -> agent.v1.ArriveResponse
+	16,  // 124: agent.v1.AgentService.Return:output_type -> agent.v1.ReturnResponse
+	18,  // 125: agent.v1.AgentService.Forget:output_type -> agent.v1.ForgetResponse
+	20,  // 126: agent.v1.AgentService.Guard:output_type -> agent.v1.GuardResponse
+	102, // [102:127] is the sub-list for method output_type
+	77,  // [77:102] is the sub-list for method input_type
 	77,  // [77:77] is the sub-list for extension type_name
 	77,  // [77:77] is the sub-list for extension extendee
 	0,   // [0:77] is the sub-list for field type_name
@@ -4805,14 +4943,14 @@ func file_agent_v1_agent_proto_init() {
 	if File_agent_v1_agent_proto != nil {
 		return
 	}
-	file_agent_v1_agent_proto_msgTypes[20].OneofWrappers = []any{}
+	file_agent_v1_agent_proto_msgTypes[22].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_v1_agent_proto_rawDesc), len(file_agent_v1_agent_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   63,
+			NumMessages:   65,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

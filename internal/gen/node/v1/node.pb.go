@@ -382,7 +382,8 @@ type Change struct {
 	Sequence int64                  `protobuf:"varint,1,opt,name=sequence,proto3" json:"sequence,omitempty"`
 	Time     *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=time,proto3" json:"time,omitempty"`
 	// created, started, timeout_set, killed, timed_out, failed, lost, adopted, paused, resumed, snapshotted, rolled_back,
-	// departed, returned, received, arrived, forgotten.
+	// departed, returned, received, arrived, forgotten. The last one says that this node has nothing of the sandbox any more,
+	// whose state is as it was before.
 	Type          string      `protobuf:"bytes,3,opt,name=type,proto3" json:"type,omitempty"`
 	Sandbox       *v1.Sandbox `protobuf:"bytes,4,opt,name=sandbox,proto3" json:"sandbox,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -450,8 +451,10 @@ func (x *Change) GetSandbox() *v1.Sandbox {
 type ReportResponse struct {
 	state                protoimpl.MessageState `protogen:"open.v1"`
 	AcknowledgedSequence int64                  `protobuf:"varint,1,opt,name=acknowledged_sequence,json=acknowledgedSequence,proto3" json:"acknowledged_sequence,omitempty"`
-	unknownFields        protoimpl.UnknownFields
-	sizeCache            protoimpl.SizeCache
+	// The node gets no new sandboxes, so it keeps no warm ones.
+	Cordoned      bool `protobuf:"varint,2,opt,name=cordoned,proto3" json:"cordoned,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ReportResponse) Reset() {
@@ -489,6 +492,13 @@ func (x *ReportResponse) GetAcknowledgedSequence() int64 {
 		return x.AcknowledgedSequence
 	}
 	return 0
+}
+
+func (x *ReportResponse) GetCordoned() bool {
+	if x != nil {
+		return x.Cordoned
+	}
+	return false
 }
 
 var File_node_v1_node_proto protoreflect.FileDescriptor
@@ -534,9 +544,10 @@ const file_node_v1_node_proto_rawDesc = "" +
 	"\bsequence\x18\x01 \x01(\x03R\bsequence\x12.\n" +
 	"\x04time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x12\n" +
 	"\x04type\x18\x03 \x01(\tR\x04type\x12+\n" +
-	"\asandbox\x18\x04 \x01(\v2\x11.agent.v1.SandboxR\asandbox\"E\n" +
+	"\asandbox\x18\x04 \x01(\v2\x11.agent.v1.SandboxR\asandbox\"a\n" +
 	"\x0eReportResponse\x123\n" +
-	"\x15acknowledged_sequence\x18\x01 \x01(\x03R\x14acknowledgedSequence2\x89\x01\n" +
+	"\x15acknowledged_sequence\x18\x01 \x01(\x03R\x14acknowledgedSequence\x12\x1a\n" +
+	"\bcordoned\x18\x02 \x01(\bR\bcordoned2\x89\x01\n" +
 	"\vNodeService\x12?\n" +
 	"\bRegister\x12\x18.node.v1.RegisterRequest\x1a\x19.node.v1.RegisterResponse\x129\n" +
 	"\x06Report\x12\x16.node.v1.ReportRequest\x1a\x17.node.v1.ReportResponseB>Z<github.com/cloister-dev/cloister/internal/gen/node/v1;nodev1b\x06proto3"

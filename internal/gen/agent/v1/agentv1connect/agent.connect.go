@@ -85,6 +85,8 @@ const (
 	AgentServiceReturnProcedure = "/agent.v1.AgentService/Return"
 	// AgentServiceForgetProcedure is the fully-qualified name of the AgentService's Forget RPC.
 	AgentServiceForgetProcedure = "/agent.v1.AgentService/Forget"
+	// AgentServiceGuardProcedure is the fully-qualified name of the AgentService's Guard RPC.
+	AgentServiceGuardProcedure = "/agent.v1.AgentService/Guard"
 )
 
 // AgentServiceClient is a client for the agent.v1.AgentService service.
@@ -137,6 +139,9 @@ type AgentServiceClient interface {
 	// Forget drops a copy of a sandbox that is not the one that counts. An unknown one is no error; one of a higher
 	// generation is FAILED_PRECONDITION.
 	Forget(context.Context, *v1.ForgetRequest) (*v1.ForgetResponse, error)
+	// Guard notes whether a paused sandbox can be brought back elsewhere: while it can, only what carries a permit makes it run.
+	// Any other generation than the one named is FAILED_PRECONDITION.
+	Guard(context.Context, *v1.GuardRequest) (*v1.GuardResponse, error)
 }
 
 // NewAgentServiceClient constructs a client for the agent.v1.AgentService service. By default, it
@@ -294,6 +299,12 @@ func NewAgentServiceClient(httpClient connect.HTTPClient, baseURL string, opts .
 			connect.WithSchema(agentServiceMethods.ByName("Forget")),
 			connect.WithClientOptions(opts...),
 		),
+		guard: connect.NewClient[v1.GuardRequest, v1.GuardResponse](
+			httpClient,
+			baseURL+AgentServiceGuardProcedure,
+			connect.WithSchema(agentServiceMethods.ByName("Guard")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
@@ -323,6 +334,7 @@ type agentServiceClient struct {
 	arrive           *connect.Client[v1.ArriveRequest, v1.ArriveResponse]
 	_return          *connect.Client[v1.ReturnRequest, v1.ReturnResponse]
 	forget           *connect.Client[v1.ForgetRequest, v1.ForgetResponse]
+	guard            *connect.Client[v1.GuardRequest, v1.GuardResponse]
 }
 
 // Create calls agent.v1.AgentService.Create.
@@ -541,6 +553,15 @@ func (c *agentServiceClient) Forget(ctx context.Context, req *v1.ForgetRequest) 
 	return nil, err
 }
 
+// Guard calls agent.v1.AgentService.Guard.
+func (c *agentServiceClient) Guard(ctx context.Context, req *v1.GuardRequest) (*v1.GuardResponse, error) {
+	response, err := c.guard.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
 // AgentServiceHandler is an implementation of the agent.v1.AgentService service.
 type AgentServiceHandler interface {
 	// Create admits, starts and returns a running sandbox. RESOURCE_EXHAUSTED means "try the next candidate".
@@ -591,6 +612,9 @@ type AgentServiceHandler interface {
 	// Forget drops a copy of a sandbox that is not the one that counts. An unknown one is no error; one of a higher
 	// generation is FAILED_PRECONDITION.
 	Forget(context.Context, *v1.ForgetRequest) (*v1.ForgetResponse, error)
+	// Guard notes whether a paused sandbox can be brought back elsewhere: while it can, only what carries a permit makes it run.
+	// Any other generation than the one named is FAILED_PRECONDITION.
+	Guard(context.Context, *v1.GuardRequest) (*v1.GuardResponse, error)
 }
 
 // NewAgentServiceHandler builds an HTTP handler from the service implementation. It returns the
@@ -744,6 +768,12 @@ func NewAgentServiceHandler(svc AgentServiceHandler, opts ...connect.HandlerOpti
 		connect.WithSchema(agentServiceMethods.ByName("Forget")),
 		connect.WithHandlerOptions(opts...),
 	)
+	agentServiceGuardHandler := connect.NewUnaryHandlerSimple(
+		AgentServiceGuardProcedure,
+		svc.Guard,
+		connect.WithSchema(agentServiceMethods.ByName("Guard")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/agent.v1.AgentService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case AgentServiceCreateProcedure:
@@ -794,6 +824,8 @@ func NewAgentServiceHandler(svc AgentServiceHandler, opts ...connect.HandlerOpti
 			agentServiceReturnHandler.ServeHTTP(w, r)
 		case AgentServiceForgetProcedure:
 			agentServiceForgetHandler.ServeHTTP(w, r)
+		case AgentServiceGuardProcedure:
+			agentServiceGuardHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -897,4 +929,8 @@ func (UnimplementedAgentServiceHandler) Return(context.Context, *v1.ReturnReques
 
 func (UnimplementedAgentServiceHandler) Forget(context.Context, *v1.ForgetRequest) (*v1.ForgetResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("agent.v1.AgentService.Forget is not implemented"))
+}
+
+func (UnimplementedAgentServiceHandler) Guard(context.Context, *v1.GuardRequest) (*v1.GuardResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("agent.v1.AgentService.Guard is not implemented"))
 }
