@@ -36,7 +36,9 @@ type Manifest struct {
 	Secure bool                  `json:"secure,omitempty"`
 	Guest  sandbox.GuestSettings `json:"guest,omitzero"`
 	// Pause means that the sandbox is paused in it, or was to be: it belongs to that sandbox's record.
-	Pause     bool      `json:"pause,omitempty"`
+	Pause bool `json:"pause,omitempty"`
+	// Replica means that it is kept for the case that the node is lost that the sandbox is paused on.
+	Replica   bool      `json:"replica,omitempty"`
 	CreatedAt time.Time `json:"created_at"`
 	// Origin is the checkpoint whose files these are, where they are shared with it; Commit sets it.
 	Origin string `json:"origin,omitempty"`

@@ -69,6 +69,7 @@ func New(dir string, log *slog.Logger) (*Store, error) {
 type Staging struct {
 	store  *Store
 	id     string
+	prefix string // of its directory's name; empty means newPrefix
 	origin string
 	bytes  int64
 	done   bool
@@ -79,13 +80,7 @@ func (s *Store) Begin(id string) (*Staging, error) {
 	if err := CheckID(id); err != nil {
 		return nil, err
 	}
-	s.mu.Lock()
-	taken := s.entries[id] != nil || s.busy[id]
-	if !taken {
-		s.busy[id] = true
-	}
-	s.mu.Unlock()
-	if taken {
+	if !s.claim(id) {
 		return nil, sandbox.Conflictf("checkpoint %s exists", id)
 	}
 	st := &Staging{store: s, id: id}
@@ -102,7 +97,20 @@ func (s *Store) Begin(id string) (*Staging, error) {
 	return st, nil
 }
 
-func (st *Staging) path() string { return filepath.Join(st.store.dir, newPrefix+st.id) }
+func (st *Staging) path() string {
+	return filepath.Join(st.store.dir, cmp.Or(st.prefix, newPrefix)+st.id)
+}
+
+// claim makes an id the caller's in busy; false where it is taken.
+func (s *Store) claim(id string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.entries[id] != nil || s.busy[id] {
+		return false
+	}
+	s.busy[id] = true
+	return true
+}
 
 // Dir returns the empty directory that takes the engine's files.
 func (st *Staging) Dir() string { return filepath.Join(st.path(), stateDir) }
@@ -354,7 +362,8 @@ func (s *Store) takeOut(id string) error {
 	return nil
 }
 
-// Recover reads what an earlier process left: whole checkpoints count, the rest is deleted. It must be called once, before
+// Recover reads what an earlier process left: whole checkpoints count, what was being got is kept as Sweep says, the rest
+// is deleted. It must be called once, before
 // anything else.
 func (s *Store) Recover(ctx context.Context) error {
 	list, err := os.ReadDir(s.dir)
@@ -369,7 +378,7 @@ func (s *Store) Recover(ctx context.Context) error {
 			return err
 		}
 	}
-	return nil
+	return s.Sweep(ctx)
 }
 
 func (s *Store) recoverOne(ctx context.Context, name string) error {
@@ -384,7 +393,7 @@ func (s *Store) recoverOne(ctx context.Context, name string) error {
 	ours := CheckID(name) == nil
 	switch {
 	case !ours && !strings.HasPrefix(name, newPrefix) && !strings.HasPrefix(name, oldPrefix):
-		return nil // somebody else's
+		return nil // somebody else's, or a part that Sweep sees to
 	case !ours || errors.Is(err, errRemoved):
 	case errors.Is(err, sandbox.ErrInvalid) || errors.Is(err, fs.ErrNotExist):
 		s.log.WarnContext(ctx, "damaged checkpoint deleted", slog.String("checkpoint_id", name), slog.Any("err", err))
