@@ -1,0 +1,260 @@
+package link
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/tls"
+	"errors"
+	"log/slog"
+	mathrand "math/rand/v2"
+	"net"
+	"net/http"
+	"sync"
+	"time"
+
+	"github.com/cloister-dev/cloister/internal/sandbox"
+)
+
+// How long a member waits between attempts to reach a server; each is a random part of the present bound, which doubles.
+const (
+	firstRetry = 100 * time.Millisecond
+	lastRetry  = 5 * time.Second
+	// stable is how long a link must have lived for the next attempts to be quick again.
+	stable = 10 * time.Second
+)
+
+// Config is what a Link needs.
+type Config struct {
+	Self sandbox.Member
+	// Servers returns the HOST:PORT of all servers. It is asked before each round of attempts.
+	Servers func() []string
+	// TLS returns the configuration of a client that accepts servers only.
+	TLS func() (*tls.Config, error)
+	// Handlers take the streams that servers open, their own and those that they pass on.
+	Handlers Handlers
+	// OnUp and OnDown are told of the link, one after the other. They must not block. Either may be nil.
+	OnUp   func(server string)
+	OnDown func(server string, why error)
+	Logger *slog.Logger
+}
+
+// Link is a member's way to the servers.
+type Link struct {
+	cfg    Config
+	accept *acceptor
+	client *http.Client
+
+	mu            sync.Mutex
+	control, bulk *session
+	last          error
+}
+
+// New returns a link that Run keeps up.
+func New(cfg Config) *Link {
+	l := &Link{cfg: cfg, accept: newAcceptor(cfg.Handlers), last: sandbox.Unavailablef("no server was reached yet")}
+	l.client = &http.Client{Transport: newTransport(true, func(ctx context.Context) (net.Conn, error) {
+		return l.Open(ctx, Head{Kind: RPC})
+	})}
+	return l
+}
+
+// HTTPClient returns a client whose calls, to BaseURL, are answered by the server. It outlives each connection. Errors of
+// calls without a link wrap ErrUnavailable.
+func (l *Link) HTTPClient() *http.Client { return l.client }
+
+// Connected reports whether a server can be called.
+func (l *Link) Connected() bool { return l.sessionFor(RPC) != nil }
+
+// Err says why there is no link; nil where there is one.
+func (l *Link) Err() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.control != nil {
+		return nil
+	}
+	return l.last
+}
+
+// Open opens a stream to the head's node through the server, or to the server itself where the head names none. Errors:
+// ErrUnavailable where there is no link; a *RemoteError where the node, or the server for it, says no. Guest streams are a Conn.
+func (l *Link) Open(ctx context.Context, h Head) (net.Conn, error) {
+	s := l.sessionFor(h.Kind)
+	if s == nil {
+		return nil, sandbox.Unavailablef("no link to a server: %v", l.Err())
+	}
+	st, err := s.open(ctx, h)
+	if err != nil {
+		return nil, err
+	}
+	if h.Kind == Guest {
+		return newFramed(st), nil
+	}
+	return st, nil
+}
+
+func (l *Link) sessionFor(k Kind) *session {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if k == RPC {
+		return l.control
+	}
+	return l.bulk
+}
+
+func (l *Link) set(control, bulk *session) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.control, l.bulk = control, bulk
+}
+
+// Run keeps the link up until ctx ends; then it closes it and returns when all has ended.
+func (l *Link) Run(ctx context.Context) error {
+	defer l.client.CloseIdleConnections()
+	for wait := firstRetry; ctx.Err() == nil; {
+		began := time.Now()
+		for _, server := range shuffled(l.cfg.Servers()) {
+			l.hold(ctx, server)
+		}
+		if time.Since(began) > stable {
+			wait = firstRetry
+		}
+		if !pause(ctx, jitter(wait)) {
+			break
+		}
+		wait = min(2*wait, lastRetry)
+	}
+	return nil
+}
+
+// shuffled returns the servers in random order, so that members spread over them.
+func shuffled(all []string) []string {
+	all = append([]string(nil), all...)
+	mathrand.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
+	return all
+}
+
+// jitter returns between half of d and d.
+func jitter(d time.Duration) time.Duration { return d/2 + mathrand.N(d/2) } //nolint:gosec // it need not be a secret
+
+// hold makes a link to one server and keeps it until it ends.
+func (l *Link) hold(ctx context.Context, server string) {
+	if ctx.Err() != nil {
+		return
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	var id linkID
+	_, _ = rand.Read(id[:]) // never fails
+	control, err := l.dial(ctx, server, protoControl, id)
+	if err != nil {
+		l.down(ctx, server, err, false)
+		return
+	}
+	var serving sync.WaitGroup
+	defer serving.Wait()
+	defer control.close()
+	l.set(control, nil)
+	l.cfg.Logger.InfoContext(ctx, "link up", slog.String("server", server))
+	if l.cfg.OnUp != nil {
+		l.cfg.OnUp(server)
+	}
+	serving.Go(func() { control.serve(ctx, l.takeStream) })
+	serving.Go(func() { l.holdBulk(ctx, server, control, id) })
+	<-control.done()
+	cancel()
+	l.set(nil, nil)
+	l.down(ctx, server, errors.New("the connection ended"), true)
+}
+
+// down notes why there is no link.
+func (l *Link) down(ctx context.Context, server string, why error, was bool) {
+	l.mu.Lock()
+	said := l.last != nil && l.last.Error() == why.Error()
+	l.last = why
+	l.mu.Unlock()
+	if was && l.cfg.OnDown != nil {
+		l.cfg.OnDown(server, why)
+	}
+	if was || !said { // attempts go on every few seconds: the same reason is told once
+		l.cfg.Logger.WarnContext(ctx, "no link", slog.String("server", server), slog.Any("err", why))
+	}
+}
+
+// holdBulk keeps the link's bulk connection up as long as its control connection is.
+func (l *Link) holdBulk(ctx context.Context, server string, control *session, id linkID) {
+	for wait := firstRetry; ctx.Err() == nil; wait = min(2*wait, lastRetry) {
+		bulk, err := l.dial(ctx, server, protoBulk, id)
+		if errors.Is(err, sandbox.ErrConflict) {
+			control.close() // the server knows a newer link, or none
+			return
+		}
+		if err == nil {
+			l.serveBulk(ctx, control, bulk)
+			wait = firstRetry
+		}
+		if !pause(ctx, jitter(wait)) {
+			return
+		}
+	}
+}
+
+func (l *Link) serveBulk(ctx context.Context, control, bulk *session) {
+	defer bulk.close()
+	l.mu.Lock()
+	if l.control == control {
+		l.bulk = bulk
+	}
+	l.mu.Unlock()
+	bulk.serve(ctx, l.takeStream)
+	l.mu.Lock()
+	if l.bulk == bulk {
+		l.bulk = nil
+	}
+	l.mu.Unlock()
+}
+
+// dial makes one of a link's connections.
+func (l *Link) dial(ctx context.Context, server, proto string, id linkID) (*session, error) {
+	conf, err := l.cfg.TLS()
+	if err != nil {
+		return nil, err
+	}
+	c, err := dialTLS(ctx, server, conf, proto, dialTimeout)
+	if err != nil {
+		return nil, err
+	}
+	if err := hello(ctx, c, id); err != nil {
+		_ = c.Close()
+		return nil, err
+	}
+	window, b := uint32(controlWindow), controlBeat
+	if proto == protoBulk {
+		window, b = bulkWindow, bulkBeat
+	}
+	s, err := newSession(c, true, window, b)
+	if err != nil {
+		_ = c.Close()
+	}
+	return s, err
+}
+
+// takeStream serves a stream that the server has opened, for itself or for another member.
+func (l *Link) takeStream(ctx context.Context, st *stream) {
+	head, err := takeHead(st)
+	if err != nil {
+		return
+	}
+	if head.Node != "" && string(head.Node) != l.cfg.Self.ID {
+		refuse(st, sandbox.NotFoundf("a stream to node %s reached %s", head.Node, l.cfg.Self))
+		return
+	}
+	from := head.From
+	if from == (sandbox.Member{}) {
+		from.Role = sandbox.RoleServer // its certificate says so: the link's configuration accepts nobody else
+	}
+	if err := MayOpen(from.Role, head.Kind); err != nil {
+		refuse(st, err)
+		return
+	}
+	l.accept.serve(ctx, st, from, head, asFramed)
+}

@@ -1,0 +1,222 @@
+package link
+
+import (
+	"context"
+	"crypto/tls"
+	"log/slog"
+	"net"
+	"net/netip"
+	"sync"
+	"time"
+
+	"github.com/cloister-dev/cloister/internal/sandbox"
+)
+
+// How dead connections are found: control within 8 s; bulk, where probes wait behind data, within 25 s or with control.
+var ( //nolint:gochecknoglobals // constants of a struct type
+	controlBeat = beat{every: 3 * time.Second, answer: 5 * time.Second}
+	bulkBeat    = beat{every: 10 * time.Second, answer: 15 * time.Second}
+)
+
+// peer is one life of a member's link.
+type peer struct {
+	Peer
+
+	id linkID
+	// ended is closed when the link is over and OnDown has been told.
+	ended chan struct{}
+
+	mu            sync.Mutex
+	control, bulk *session // nil until they are there
+	over          bool     // neither will be there any more
+}
+
+// sessionFor returns what carries streams of a kind; nil where that is not there.
+func (p *peer) sessionFor(k Kind) *session {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if k == RPC {
+		return p.control
+	}
+	return p.bulk
+}
+
+// setControl gives the link its control connection; false where the link is over.
+func (p *peer) setControl(s *session) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.over {
+		return false
+	}
+	p.control = s
+	return true
+}
+
+// setBulk puts a bulk connection in the place of the present one; false where the link is over.
+func (p *peer) setBulk(s *session) bool {
+	p.mu.Lock()
+	old, over := p.bulk, p.over
+	if !over {
+		p.bulk = s
+	}
+	p.mu.Unlock()
+	if old != nil && !over {
+		old.close()
+	}
+	return !over
+}
+
+// end closes both connections.
+func (p *peer) end() {
+	p.mu.Lock()
+	control, bulk := p.control, p.bulk
+	p.over = true
+	p.mu.Unlock()
+	for _, s := range []*session{control, bulk} {
+		if s != nil {
+			s.close()
+		}
+	}
+}
+
+// takeControl makes the connection the member's link, in place of the one that it has, and serves it until it ends.
+func (h *Hub) takeControl(ctx context.Context, c *tls.Conn, m sandbox.Member, id linkID) error {
+	p := &peer{Peer: Peer{Member: m, Remote: remoteOf(c), Since: time.Now()}, id: id, ended: make(chan struct{})}
+	defer close(p.ended)
+	h.replace(p)
+	defer h.remove(p)
+	if err := accept(c); err != nil { // only now: the member's bulk connection finds its link
+		return err
+	}
+	s, err := newSession(c, false, controlWindow, controlBeat)
+	if err != nil {
+		return err
+	}
+	var streams sync.WaitGroup
+	defer streams.Wait() // runs last: others need not wait for streams that take their time to end
+	defer s.close()
+	if !p.setControl(s) {
+		return nil // replaced already
+	}
+	h.cfg.Logger.InfoContext(ctx, "link up", slog.String("member", m.String()), slog.String("remote", p.Remote.String()))
+	tell(h.cfg.OnUp, p.Peer)
+	streams.Go(func() { s.serve(ctx, func(ctx context.Context, st *stream) { h.takeStream(ctx, st, m) }) })
+	<-s.done()
+	h.remove(p)
+	p.end()
+	h.cfg.Logger.InfoContext(ctx, "link down", slog.String("member", m.String()), slog.String("remote", p.Remote.String()))
+	tell(h.cfg.OnDown, p.Peer)
+	return nil
+}
+
+func tell(f func(Peer), p Peer) {
+	if f != nil {
+		f(p)
+	}
+}
+
+// replace makes p the member's link and waits until the one before is over.
+func (h *Hub) replace(p *peer) {
+	h.mu.Lock()
+	old := h.peers[p.Member]
+	h.peers[p.Member] = p
+	h.mu.Unlock()
+	if old != nil {
+		old.end()
+		<-old.ended
+	}
+}
+
+func (h *Hub) remove(p *peer) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.peers[p.Member] == p {
+		delete(h.peers, p.Member)
+	}
+}
+
+// takeBulk adds the connection to the member's link, and serves it until it ends.
+func (h *Hub) takeBulk(ctx context.Context, c *tls.Conn, m sandbox.Member, id linkID) error {
+	h.mu.Lock()
+	p := h.peers[m]
+	h.mu.Unlock()
+	if p == nil || p.id != id {
+		err := sandbox.Conflictf("the link of %s that this bulk connection belongs to is over", m)
+		refuse(c, err)
+		return err
+	}
+	if err := accept(c); err != nil {
+		return err
+	}
+	s, err := newSession(c, false, bulkWindow, bulkBeat)
+	if err != nil {
+		return err
+	}
+	defer s.close()
+	if !p.setBulk(s) {
+		return nil
+	}
+	s.serve(ctx, func(ctx context.Context, st *stream) { h.takeStream(ctx, st, m) })
+	return nil
+}
+
+// takeStream serves a stream that a member has opened, or passes it on.
+func (h *Hub) takeStream(ctx context.Context, st *stream, m sandbox.Member) {
+	head, err := takeHead(st)
+	if err != nil {
+		return
+	}
+	if head.From != (sandbox.Member{}) {
+		refuse(st, sandbox.Deniedf("%s may not open streams for others", m))
+		return
+	}
+	if head.Node == "" {
+		h.accept.serve(ctx, st, m, head, asFramed)
+		return
+	}
+	if err := MayOpen(m.Role, head.Kind); err != nil {
+		refuse(st, err)
+		return
+	}
+	h.mu.Lock()
+	local := h.locals[head.Node]
+	h.mu.Unlock()
+	if local != nil {
+		local.serve(ctx, st, m, head, asFramed)
+		return
+	}
+	h.relay(ctx, st, m, head)
+}
+
+// asFramed makes a guest stream of a shared connection's stream.
+func asFramed(c net.Conn) net.Conn {
+	return newFramed(c.(*stream)) //nolint:errcheck,forcetypeassert // sessions give nothing else
+}
+
+// relay passes a member's stream on to the node that it is for.
+func (h *Hub) relay(ctx context.Context, st *stream, from sandbox.Member, head Head) {
+	to := sandbox.Member{Role: sandbox.RoleNode, ID: string(head.Node)}
+	head.From = from
+	openCtx, cancel := context.WithTimeout(ctx, dialGuestTimeout+headTimeout)
+	onward, err := h.openRaw(openCtx, to, head)
+	cancel()
+	if err != nil {
+		refuse(st, err)
+		return
+	}
+	if err := accept(st); err != nil {
+		_ = onward.Close()
+		return
+	}
+	defer context.AfterFunc(ctx, func() { _ = st.Close(); _ = onward.Close() })()
+	splice(st, onward)
+}
+
+func remoteOf(c net.Conn) netip.AddrPort {
+	tcp, ok := c.RemoteAddr().(*net.TCPAddr)
+	if !ok {
+		return netip.AddrPort{}
+	}
+	at := tcp.AddrPort()
+	return netip.AddrPortFrom(at.Addr().Unmap(), at.Port())
+}
