@@ -185,18 +185,13 @@ func (h *Hub) Serve(ctx context.Context, ln net.Listener) error {
 func (h *Hub) tlsFor(hi *tls.ClientHelloInfo) (*tls.Config, error) {
 	for _, proto := range hi.SupportedProtos {
 		if proto == protoControl || proto == protoBulk {
-			conf := h.cfg.TLS.Clone()
-			conf.NextProtos = []string{protoControl, protoBulk}
-			conf.ClientAuth = tls.RequireAndVerifyClientCert
-			return conf, nil
+			return settings(hi, h.cfg.TLS, tls.RequireAndVerifyClientCert, protoControl, protoBulk)
 		}
 	}
 	if h.cfg.JoinTLS == nil || h.cfg.Join == nil {
 		return nil, sandbox.Unsupportedf("only members' links are taken here")
 	}
-	conf := h.cfg.JoinTLS.Clone()
-	conf.NextProtos = []string{"h2", "http/1.1"}
-	return conf, nil
+	return settings(hi, h.cfg.JoinTLS, h.cfg.JoinTLS.ClientAuth, "h2", "http/1.1")
 }
 
 func (h *Hub) take(ctx context.Context, raw net.Conn, joins *joins) error {

@@ -28,8 +28,8 @@ type Config struct {
 	Self sandbox.Member
 	// Servers returns the HOST:PORT of all servers. It is asked before each round of attempts.
 	Servers func() []string
-	// TLS returns the configuration of a client that accepts servers only.
-	TLS func() (*tls.Config, error)
+	// TLS returns the settings of a connection to the expected member; it is asked for any server.
+	TLS func(expect sandbox.Member) *tls.Config
 	// Handlers take the streams that servers open, their own and those that they pass on.
 	Handlers Handlers
 	// OnUp and OnDown are told of the link, one after the other. They must not block. Either may be nil.
@@ -215,10 +215,7 @@ func (l *Link) serveBulk(ctx context.Context, control, bulk *session) {
 
 // dial makes one of a link's connections.
 func (l *Link) dial(ctx context.Context, server, proto string, id linkID) (*session, error) {
-	conf, err := l.cfg.TLS()
-	if err != nil {
-		return nil, err
-	}
+	conf := l.cfg.TLS(sandbox.Member{Role: sandbox.RoleServer})
 	c, err := dialTLS(ctx, server, conf, proto, dialTimeout)
 	if err != nil {
 		return nil, err

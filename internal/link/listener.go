@@ -40,8 +40,6 @@ type Listener struct {
 // NewListener returns a listener that Serve runs.
 func NewListener(cfg ListenerConfig) *Listener {
 	cfg.Handlers.RPC = nil
-	cfg.TLS = cfg.TLS.Clone()
-	cfg.TLS.NextProtos = []string{protoDirect}
 	return &Listener{cfg: cfg, accept: newAcceptor(cfg.Handlers)}
 }
 
@@ -51,7 +49,9 @@ func (l *Listener) Serve(ctx context.Context, ln net.Listener) error {
 }
 
 func (l *Listener) take(ctx context.Context, raw net.Conn) error {
-	c := tls.Server(raw, l.cfg.TLS)
+	c := tls.Server(raw, &tls.Config{MinVersion: tls.VersionTLS13, GetConfigForClient: func(hi *tls.ClientHelloInfo) (*tls.Config, error) {
+		return settings(hi, l.cfg.TLS, tls.RequireAndVerifyClientCert, protoDirect)
+	}})
 	if err := handshake(ctx, c); err != nil {
 		return err
 	}

@@ -33,8 +33,8 @@ const (
 
 // ReachConfig is what a Reach needs.
 type ReachConfig struct {
-	// TLS returns the configuration of a client that accepts nobody but the member at the other end.
-	TLS func(expect sandbox.Member) (*tls.Config, error)
+	// TLS returns the settings of a connection to the expected member and nobody else.
+	TLS func(expect sandbox.Member) *tls.Config
 	// Via is the other way: through a server, which passes streams on.
 	Via Opener
 }
@@ -81,14 +81,11 @@ func (r *Reach) ArtifactClient(to Endpoint) *http.Client {
 }
 
 func (r *Reach) direct(ctx context.Context, to Endpoint, h Head) (net.Conn, error) {
-	conf, err := r.cfg.TLS(sandbox.Member{Role: sandbox.RoleNode, ID: string(to.Node)})
-	if err != nil {
-		return nil, fmt.Errorf("dial node %s: %w", to.Node, err)
-	}
 	text, err := h.append(nil)
 	if err != nil {
 		return nil, err
 	}
+	conf := r.cfg.TLS(sandbox.Member{Role: sandbox.RoleNode, ID: string(to.Node)})
 	c, err := dialTLS(ctx, to.Address, conf, protoDirect, directTimeout)
 	if err != nil {
 		return nil, fmt.Errorf("dial node %s at %s: %w", to.Node, to.Address, err)

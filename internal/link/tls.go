@@ -70,6 +70,23 @@ func dialTLS(ctx context.Context, address string, conf *tls.Config, proto string
 	return c, nil
 }
 
+// settings returns those of one handshake: base's, or what base answers for it, with who must show a certificate and what is
+// spoken.
+func settings(hi *tls.ClientHelloInfo, base *tls.Config, auth tls.ClientAuthType, protos ...string) (*tls.Config, error) {
+	if base.GetConfigForClient != nil {
+		own, err := base.GetConfigForClient(hi)
+		if err != nil {
+			return nil, err
+		}
+		if own != nil {
+			base = own
+		}
+	}
+	conf := base.Clone()
+	conf.ClientAuth, conf.NextProtos = auth, protos
+	return conf, nil
+}
+
 // linkID names one life of a link; its bulk connection says which it belongs to.
 type linkID [16]byte
 
