@@ -68,6 +68,9 @@ type NodeSettings struct {
 	// Reason says why it is cordoned, CordonedAt since when.
 	Reason     string    `json:"reason,omitempty"`
 	CordonedAt time.Time `json:"cordoned_at,omitzero"`
+	// Drain is set once the node was told to give its sandboxes to others, until it is uncordoned. It is replaced, never
+	// changed.
+	Drain *NodeDrain `json:"drain,omitempty"`
 }
 
 // Clone returns settings that share nothing with s.

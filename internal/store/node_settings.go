@@ -81,3 +81,17 @@ func (s *Store) PutSchedulerPolicy(ctx context.Context, policy json.RawMessage) 
 	}
 	return err
 }
+
+// DeleteNodeSettings deletes a node's settings; none is no error.
+func (s *Store) DeleteNodeSettings(ctx context.Context, id sandbox.NodeID) error {
+	_, err := s.nodeSettings().remove(ctx, string(id))
+	if errors.Is(err, sandbox.ErrNotFound) {
+		return nil
+	}
+	return err
+}
+
+// WatchNodeSettings feeds w until ctx ends.
+func (s *Store) WatchNodeSettings(ctx context.Context, w Watcher[sandbox.NodeSettings]) error {
+	return s.nodeSettings().watch(ctx, w)
+}
