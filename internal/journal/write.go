@@ -262,6 +262,8 @@ func follows(old, next *Record) error {
 	switch {
 	case old.State == sandbox.StatePaused && next.State == sandbox.StateResuming:
 		return sandbox.Invalidf("sandbox %s: a paused sandbox needs room before it can resume", old.ID)
+	case old.State == sandbox.StateMigrating && !old.Runs && next.State == sandbox.StateRunning:
+		return sandbox.Invalidf("sandbox %s: one that moves as a paused one arrives as that", old.ID)
 	case old.State != next.State && !old.State.CanBecome(next.State):
 		return sandbox.Conflictf("sandbox %s is %s and cannot become %s", old.ID, old.State, next.State)
 	case next.Generation < old.Generation:

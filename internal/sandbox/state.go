@@ -29,10 +29,10 @@ const (
 var transitions = map[State][]State{
 	StateCreating:  {StateRunning, StateFailed, StateLost, StateStopping, StateDeleted},
 	StateRunning:   {StatePausing, StateStopping, StateMigrating, StateFailed, StateLost, StateDeleted},
-	StatePausing:   {StatePaused, StateRunning, StateFailed, StateLost, StateStopping, StateDeleted},
+	StatePausing:   {StatePaused, StateRunning, StateMigrating, StateFailed, StateLost, StateStopping, StateDeleted},
 	StatePaused:    {StateResuming, StateMigrating, StateStopping, StateLost, StateFailed, StateDeleted},
 	StateResuming:  {StateRunning, StatePaused, StateFailed, StateLost, StateStopping, StateDeleted},
-	StateMigrating: {StateRunning, StatePaused, StateFailed, StateLost, StateDeleted},
+	StateMigrating: {StateRunning, StatePaused, StateStopping, StateFailed, StateLost, StateDeleted},
 	StateStopping:  {StateStopped, StateFailed, StateLost, StateDeleted},
 	StateStopped:   {StateResuming, StateDeleted},
 	StateLost:      {StateRunning, StatePaused, StateDeleted},

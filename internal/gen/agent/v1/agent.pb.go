@@ -855,9 +855,12 @@ func (x *ReceiveResponse) GetMovedBytes() int64 {
 }
 
 type ArriveRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	Generation    int64                  `protobuf:"varint,2,opt,name=generation,proto3" json:"generation,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// That of ReceiveRequest; another is FAILED_PRECONDITION.
+	Generation int64 `protobuf:"varint,2,opt,name=generation,proto3" json:"generation,omitempty"`
+	// It is not to run, also if it did: for one that this node has and cannot restore.
+	Paused        bool `protobuf:"varint,3,opt,name=paused,proto3" json:"paused,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -904,6 +907,13 @@ func (x *ArriveRequest) GetGeneration() int64 {
 		return x.Generation
 	}
 	return 0
+}
+
+func (x *ArriveRequest) GetPaused() bool {
+	if x != nil {
+		return x.Paused
+	}
+	return false
 }
 
 type ArriveResponse struct {
@@ -1066,7 +1076,7 @@ func (x *ReturnResponse) GetLoad() *Load {
 type ForgetRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	// Drop the copy only if its generation is below this.
+	// Drop the copy only if its generation is below this; 0 drops one that is migrating, whatever its generation.
 	Below int64 `protobuf:"varint,2,opt,name=below,proto3" json:"below,omitempty"`
 	// Replica means the checkpoint of this id that is kept of a sandbox of another node.
 	Replica       string `protobuf:"bytes,3,opt,name=replica,proto3" json:"replica,omitempty"`
@@ -4353,12 +4363,13 @@ const file_agent_v1_agent_proto_rawDesc = "" +
 	"\asandbox\x18\x01 \x01(\v2\x11.agent.v1.SandboxR\asandbox\x12\"\n" +
 	"\x04load\x18\x02 \x01(\v2\x0e.agent.v1.LoadR\x04load\x12\x1f\n" +
 	"\vmoved_bytes\x18\x03 \x01(\x03R\n" +
-	"movedBytes\"?\n" +
+	"movedBytes\"W\n" +
 	"\rArriveRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1e\n" +
 	"\n" +
 	"generation\x18\x02 \x01(\x03R\n" +
-	"generation\"a\n" +
+	"generation\x12\x16\n" +
+	"\x06paused\x18\x03 \x01(\bR\x06paused\"a\n" +
 	"\x0eArriveResponse\x12+\n" +
 	"\asandbox\x18\x01 \x01(\v2\x11.agent.v1.SandboxR\asandbox\x12\"\n" +
 	"\x04load\x18\x02 \x01(\v2\x0e.agent.v1.LoadR\x04load\"?\n" +

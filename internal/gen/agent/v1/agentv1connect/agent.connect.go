@@ -132,9 +132,10 @@ type AgentServiceClient interface {
 	// Receive admits a sandbox that departed elsewhere, or that is brought back from a replica, and gets what it was saved in.
 	// It is migrating here until Arrive or Forget.
 	Receive(context.Context, *v1.ReceiveRequest) (*v1.ReceiveResponse, error)
-	// Arrive makes a received sandbox count: it is this node's from then on, running or paused as it was.
+	// Arrive makes a received sandbox count: it is this node's from then on, running or paused as it was, and where its time is
+	// up, at its end. After an error it is migrating as before.
 	Arrive(context.Context, *v1.ArriveRequest) (*v1.ArriveResponse, error)
-	// Return lets a departed sandbox go on where it was, running or paused as it was.
+	// Return lets a departed sandbox go on where it was, running or paused as it was. One that cannot be restored is paused then.
 	Return(context.Context, *v1.ReturnRequest) (*v1.ReturnResponse, error)
 	// Forget drops a copy of a sandbox that is not the one that counts. An unknown one is no error; one of a higher
 	// generation is FAILED_PRECONDITION.
@@ -605,9 +606,10 @@ type AgentServiceHandler interface {
 	// Receive admits a sandbox that departed elsewhere, or that is brought back from a replica, and gets what it was saved in.
 	// It is migrating here until Arrive or Forget.
 	Receive(context.Context, *v1.ReceiveRequest) (*v1.ReceiveResponse, error)
-	// Arrive makes a received sandbox count: it is this node's from then on, running or paused as it was.
+	// Arrive makes a received sandbox count: it is this node's from then on, running or paused as it was, and where its time is
+	// up, at its end. After an error it is migrating as before.
 	Arrive(context.Context, *v1.ArriveRequest) (*v1.ArriveResponse, error)
-	// Return lets a departed sandbox go on where it was, running or paused as it was.
+	// Return lets a departed sandbox go on where it was, running or paused as it was. One that cannot be restored is paused then.
 	Return(context.Context, *v1.ReturnRequest) (*v1.ReturnResponse, error)
 	// Forget drops a copy of a sandbox that is not the one that counts. An unknown one is no error; one of a higher
 	// generation is FAILED_PRECONDITION.
