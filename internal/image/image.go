@@ -7,7 +7,7 @@
 //
 // It must not decide which image a template uses, nor know about sandboxes or engines. All methods of a Store are safe for
 // concurrent use; equal requests share one build. One Store owns a directory at a time: the caller sees to that. Two locks,
-// never held together: Store.mu guards the table of running builds and is not held during I/O; Store.keeping guards the
+// never held together: Store.mu guards the tables of running builds and imports and is not held during I/O; Store.keeping guards the
 // directory of layers.
 //
 // A template's build adds layers: a Recorder makes one of what each step changed, Compose puts them on top of an image and
@@ -110,6 +110,8 @@ type Image struct {
 	// an image that was built from a source.
 	Base   string   `json:"base,omitempty"`
 	Layers []string `json:"layers,omitempty"`
+	// Fetched means that it was got from elsewhere: of what Layers names, only what was made here is here.
+	Fetched bool `json:"fetched,omitempty"`
 }
 
 // Store builds images and keeps them.
@@ -120,6 +122,8 @@ type Store struct {
 
 	mu      sync.Mutex
 	flights map[string]*flight
+	// importing are the digests of images that are being got from elsewhere.
+	importing map[string]bool
 
 	// keeping makes putting a layer in its place and freeing one exclude each other. Unlike mu it is held during renames
 	// and removals, because what it guards is the directory; no data is copied meanwhile.
@@ -169,10 +173,10 @@ func New(cfg Config) (*Store, error) {
 	if cfg.CacheBytes == 0 {
 		cfg.CacheBytes = defaultCacheBytes
 	}
-	s := &Store{cfg: cfg, log: cfg.Logger, flights: map[string]*flight{}, fresh: map[string]time.Time{}, tools: tools{
+	s := &Store{cfg: cfg, log: cfg.Logger, flights: map[string]*flight{}, importing: map[string]bool{}, fresh: map[string]time.Time{}, tools: tools{
 		debootstrap: "debootstrap", keyringDir: "/usr/share/keyrings", scriptDir: "/usr/share/debootstrap/scripts",
 	}}
-	for _, dir := range []string{s.imageDir(), s.tempDir(), s.debDir(), s.debianDir(), s.layerDir(), s.stepDir(), s.composedDir(), s.blobDir()} {
+	for _, dir := range []string{s.imageDir(), s.tempDir(), s.debDir(), s.debianDir(), s.layerDir(), s.stepDir(), s.composedDir(), s.blobDir(), s.partialDir()} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, fmt.Errorf("open image store: %w", err)
 		}

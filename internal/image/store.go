@@ -177,7 +177,7 @@ func (s *Store) Recover(ctx context.Context) error {
 	if _, err := s.steps(ctx); err != nil {
 		return fmt.Errorf("recover image store: %w", err)
 	}
-	return nil
+	return s.SweepPartial(ctx)
 }
 
 func (s *Store) checkImages(ctx context.Context) error {
