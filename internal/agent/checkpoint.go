@@ -116,7 +116,7 @@ func (a *Agent) sourceOf(k poolKey) (snapshot.Manifest, error) {
 // holdSource returns the checkpoint that a guest is to go on from, to be released; one with an empty Dir where there is none.
 func (a *Agent) holdSource(r *journal.Record) (*snapshot.Held, error) {
 	id := r.Source
-	if r.State == sandbox.StateResuming {
+	if r.State == sandbox.StateResuming || r.State == sandbox.StateMigrating {
 		id = r.Checkpoint
 	}
 	if id == "" {

@@ -45,7 +45,7 @@ func (a *Agent) Kill(ctx context.Context, req *agentv1.KillRequest) (*agentv1.Ki
 // kill ends a sandbox. One that has ended, or is about to for another reason, is ErrNotFound; one that moves, or that is not of
 // the generation that is meant, is ErrConflict.
 func (a *Agent) kill(ctx context.Context, in *instance, e journal.Ending, generation int64) error {
-	if r := in.record(); generation == 0 && (r.State == sandbox.StatePausing || r.State == sandbox.StateResuming) {
+	if generation == 0 && in.transient() {
 		in.interrupt(sandbox.Unavailablef("sandbox %s is being ended: %s", in.id, e.Reason))
 	}
 	if err := in.lock(ctx); err != nil {

@@ -89,6 +89,8 @@ func (in *instance) refusal() error {
 		return sandbox.NotFoundf("sandbox %s is not running yet", in.id)
 	case r.State == sandbox.StatePausing, r.State == sandbox.StatePaused, r.State == sandbox.StateResuming, r.State == sandbox.StateMigrating:
 		return in.unfit(r)
+	case in.departing && r.State == sandbox.StateRunning:
+		return sandbox.Conflictf("sandbox %s is about to move to another node: try again in a moment", in.id)
 	case in.exit != nil && !r.State.Ended():
 		return sandbox.NotFoundf("sandbox %s has ended: %s", in.id, exitReason(in.exit, r.Resources))
 	case r.State != sandbox.StateRunning || in.closed:
@@ -133,6 +135,9 @@ func (in *instance) untrack(t tracked) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	delete(in.conns, t)
+	if in.departing {
+		signal(in.quiet)
+	}
 }
 
 // closeConns closes every connection into the sandbox, and lets nobody make another.

@@ -204,7 +204,8 @@ type initBody struct {
 // settingsFor returns what the agent inside is told, and the token that it demands for that.
 func (a *Agent) settingsFor(r *journal.Record) (b initBody, known string, err error) {
 	b = initBody{Timestamp: now(), Hostname: string(r.ID), Resolvers: a.cfg.Resolvers, SandboxID: string(r.ID), TemplateID: string(r.TemplateID)}
-	if r.State != sandbox.StateResuming || r.PausedKind != sandbox.CheckpointMemory { // else it knows them
+	again := r.State == sandbox.StateResuming || r.State == sandbox.StateMigrating
+	if !again || r.PausedKind != sandbox.CheckpointMemory { // else it knows them
 		b.EnvVars, b.DefaultUser, b.DefaultWorkdir = r.Guest.Env, cmp.Or(r.Guest.User, "user"), r.Guest.WorkDir
 		if b.DefaultWorkdir == "" {
 			b.DefaultWorkdir = homeOf(b.DefaultUser)

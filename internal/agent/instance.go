@@ -17,23 +17,27 @@ type instance struct {
 	// op is of capacity 1 and held by whoever changes the sandbox.
 	op chan struct{}
 
-	mu      sync.Mutex
-	rec     journal.Record // as last written to the journal
-	conns   map[tracked]struct{}
-	closed  bool         // no new connections: the sandbox ends or has ended
-	exit    *engine.Exit // set when the guest has ended by itself
-	life    int          // numbers the guests that the sandbox has had; who watches an earlier one is ignored
-	left    bool         // it is paused, and its guest or network may not be gone yet
-	resume  attempt
-	cancel  func(cause error) // ends the start under way
-	guest   *guestConn        // a connection that is kept for the claim of a warm sandbox
-	samples samples
-	retryAt time.Time // no clean-up is tried before
-	tries   int
+	mu     sync.Mutex
+	rec    journal.Record // as last written to the journal
+	conns  map[tracked]struct{}
+	closed bool         // no new connections: the sandbox ends or has ended
+	exit   *engine.Exit // set when the guest has ended by itself
+	life   int          // numbers the guests that the sandbox has had; who watches an earlier one is ignored
+	left   bool         // it is paused or moves, and its guest or network may not be gone yet
+	// departing means that it is about to be saved for a move: no new connections. Quiet, of capacity 1, gets a signal when
+	// one ends.
+	departing bool
+	quiet     chan struct{}
+	resume    attempt
+	cancel    func(cause error) // ends the start under way
+	guest     *guestConn        // a connection that is kept for the claim of a warm sandbox
+	samples   samples
+	retryAt   time.Time // no clean-up is tried before
+	tries     int
 }
 
 func newInstance(r *journal.Record) *instance {
-	return &instance{id: r.ID, op: make(chan struct{}, 1), rec: *r}
+	return &instance{id: r.ID, op: make(chan struct{}, 1), rec: *r, quiet: make(chan struct{}, 1)}
 }
 
 // lock takes op.
@@ -131,6 +135,13 @@ func (in *instance) lives() int {
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	return in.life
+}
+
+// transient reports whether something is done with the sandbox that its end can interrupt.
+func (in *instance) transient() bool {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	return in.departing || in.rec.State == sandbox.StatePausing || in.rec.State == sandbox.StateResuming
 }
 
 // alive reports whether the guest is not known to have ended.

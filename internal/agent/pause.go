@@ -180,7 +180,14 @@ func (in *instance) reopen() {
 	in.closed = in.exit != nil
 }
 
-// setLeft notes whether a paused sandbox has something left on the machine.
+// isLeft reports what setLeft noted.
+func (in *instance) isLeft() bool {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	return in.left
+}
+
+// setLeft notes whether a paused or migrating sandbox has something left on the machine.
 func (in *instance) setLeft(left bool) {
 	in.mu.Lock()
 	defer in.mu.Unlock()

@@ -64,11 +64,13 @@ type SandboxState struct {
 	Build bool
 	// AutoPause means that it is paused when its time is up.
 	AutoPause bool
-	// Left means that it is paused and something of its guest may be left.
-	Left    bool
-	EndAt   time.Time
-	EndedAt time.Time
-	RetryAt time.Time
+	// Left means that it is paused or migrating and something of its guest may be left.
+	Left bool
+	// Deadline is of a migrating one: when the server is to be reminded of it.
+	Deadline time.Time
+	EndAt    time.Time
+	EndedAt  time.Time
+	RetryAt  time.Time
 	// Sequence is the number of its last change; 0 when there was none.
 	Sequence int64
 }
@@ -165,6 +167,10 @@ func (p *planner) sandbox(b *SandboxState) {
 		}
 	case b.State == sandbox.StateCreating && (b.Build || b.Warm && b.Ready):
 	case b.State == sandbox.StatePaused && !b.Left:
+	case b.State == sandbox.StateMigrating && !b.Left: // whoever moves it decides
+		if p.due(b.Deadline) && p.due(b.RetryAt) {
+			p.do(ActionRetry, b.ID)
+		}
 	case b.State != sandbox.StateRunning: // somebody was to make it something else
 		if p.due(b.RetryAt) {
 			p.do(ActionRetry, b.ID)

@@ -197,6 +197,8 @@ func (a *Agent) recoverOne(ctx context.Context, in *instance, running bool) erro
 		err = a.clear(ctx, in)
 	case r.State == sandbox.StateStopping:
 		err = a.end(ctx, in, r.Ending)
+	case r.State == sandbox.StateMigrating:
+		err = a.recoverMoving(ctx, in)
 	case r.State == sandbox.StatePaused, r.State == sandbox.StateResuming, r.State == sandbox.StatePausing && !running:
 		err = a.recoverPaused(ctx, in)
 	case r.State == sandbox.StatePausing:

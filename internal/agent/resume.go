@@ -143,10 +143,7 @@ func notOfTheCaller(err error) error {
 
 // clearLeft takes away what an earlier pause has left on the machine.
 func (a *Agent) clearLeft(ctx context.Context, in *instance) error {
-	in.mu.Lock()
-	left := in.left
-	in.mu.Unlock()
-	if !left {
+	if !in.isLeft() {
 		return nil
 	}
 	return a.leave(ctx, in)
@@ -204,7 +201,10 @@ func (a *Agent) putRestored(ctx context.Context, in *instance, r journal.Record,
 // ranAgain is what a sandbox's log says of its ways to run again.
 //
 //nolint:gochecknoglobals // a table, never written
-var ranAgain = map[string]string{"resumed": "sandbox resumed", "rolled_back": "sandbox rolled back"}
+var ranAgain = map[string]string{
+	"resumed": "sandbox resumed", "rolled_back": "sandbox rolled back",
+	"arrived": "sandbox arrived from another node", "returned": "sandbox goes on where it was: its move was given up",
+}
 
 // putBack makes a sandbox paused again that could not be resumed. When it fails, the sandbox stays in resuming, and the
 // reconcile loop tries again.

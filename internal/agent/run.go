@@ -81,7 +81,7 @@ func (in *instance) observe() SandboxState {
 	return SandboxState{
 		ID: in.id, State: r.State, Busy: len(in.op) > 0, Warm: r.Warm, Ready: r.Ready, Build: r.BuildID != "",
 		AutoPause: r.AutoPause, Left: in.left,
-		EndAt: r.EndAt, EndedAt: r.EndedAt, RetryAt: in.retryAt, Sequence: r.Last.Sequence,
+		Deadline: r.Deadline, EndAt: r.EndAt, EndedAt: r.EndedAt, RetryAt: in.retryAt, Sequence: r.Last.Sequence,
 	}
 }
 
@@ -162,6 +162,8 @@ func (a *Agent) settle(ctx context.Context, in *instance, kind ActionKind) error
 		return a.settleResuming(ctx, in)
 	case r.State == sandbox.StatePaused:
 		return a.clearLeft(ctx, in)
+	case r.State == sandbox.StateMigrating:
+		return a.settleMoving(ctx, in)
 	case r.State == sandbox.StateCreating && r.Warm && r.Ready:
 		return nil // it has become usable
 	case r.State == sandbox.StateCreating:

@@ -31,11 +31,13 @@ func (a *Agent) boot(ctx context.Context, in *instance) (*guestConn, error) {
 	if err != nil {
 		return nil, fmt.Errorf("image of sandbox %s: %w", in.id, err)
 	}
-	att, err := a.network.Acquire(ctx, in.id, policyOf(&r))
-	if err != nil {
-		return nil, err
+	att := toAttachment(in.id, &r.Network)
+	if r.State != sandbox.StateMigrating || att.NetNS == "" { // else it was acquired ahead
+		if att, err = a.network.Acquire(ctx, in.id, policyOf(&r)); err != nil {
+			return nil, err
+		}
+		in.setNetwork(fromAttachment(&att))
 	}
-	in.setNetwork(fromAttachment(&att))
 	if err := context.Cause(ctx); err != nil {
 		return nil, err
 	}
