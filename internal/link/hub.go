@@ -191,7 +191,7 @@ func (h *Hub) tlsFor(hi *tls.ClientHelloInfo) (*tls.Config, error) {
 	if h.cfg.JoinTLS == nil || h.cfg.Join == nil {
 		return nil, sandbox.Unsupportedf("only members' links are taken here")
 	}
-	return settings(hi, h.cfg.JoinTLS, h.cfg.JoinTLS.ClientAuth, "h2", "http/1.1")
+	return settings(hi, h.cfg.JoinTLS, tls.NoClientCert, "h2", "http/1.1")
 }
 
 func (h *Hub) take(ctx context.Context, raw net.Conn, joins *joins) error {

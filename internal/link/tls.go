@@ -105,4 +105,3 @@ func takeHello(c net.Conn) (linkID, error) {
 	}
 	return id, c.SetReadDeadline(time.Time{})
 }
-
