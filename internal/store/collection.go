@@ -213,13 +213,18 @@ func unchanged(key string, rev int64) clientv3.Cmp {
 	return clientv3.Compare(clientv3.ModRevision(key), "=", rev)
 }
 
-// commit runs one transaction and reports whether its conditions held, with the revision that it made.
+// commit runs one transaction and reports whether its conditions held, with the revision that it made. Under the context of a
+// Term it is ErrUnavailable once that is over.
 func commit(ctx context.Context, client *clientv3.Client, when []clientv3.Cmp, then []clientv3.Op) (bool, int64, error) {
 	ctx, cancel := context.WithTimeout(ctx, opTimeout)
 	defer cancel()
-	resp, err := client.Txn(ctx).If(when...).Then(then...).Commit()
+	term, when, otherwise := guarded(ctx, when)
+	resp, err := client.Txn(ctx).If(when...).Then(then...).Else(otherwise...).Commit()
 	if err != nil {
 		return false, 0, explain(err)
+	}
+	if err := term.over(resp); err != nil {
+		return false, 0, err
 	}
 	return resp.Succeeded, resp.Header.GetRevision(), nil
 }

@@ -48,8 +48,9 @@ type Store struct {
 	secrets   collection[sealed]
 	keyUse    collection[keyUse]
 
-	cache *keyCache
-	uses  keyUses
+	cache    *keyCache
+	uses     keyUses
+	refusals *refusals
 }
 
 // Open starts the store in cfg.Dir and returns once it answers. It holds etcd's goroutines until Close.
@@ -94,7 +95,7 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 	}
 	s := newStore(cfg, e)
 	s.lock, s.seal = lock, seal
-	if err := s.loadKeys(ctx); err != nil {
+	if err := errors.Join(s.loadKeys(ctx), s.loadMembers(ctx)); err != nil {
 		return nil, errors.Join(err, s.Close())
 	}
 	return s, nil
@@ -119,14 +120,16 @@ func newStore(cfg Config, e *embed.Etcd) *Store {
 		keyUse:    newCollection[keyUse](client, "key-uses", "use of key"),
 		cache:     newKeyCache(),
 		uses:      keyUses{at: make(map[string]time.Time)},
+		refusals:  newRefusals(),
 	}
 }
 
-// Run keeps the key cache in step with other members' changes, writes the uses of keys and watches the store's size, until ctx ends (nil) or
+// Run keeps keys and refusals in step with other members' changes, writes the uses of keys and watches the store's size, until ctx ends (nil) or
 // the store stops by itself (an error).
 func (s *Store) Run(ctx context.Context) error {
 	g, inner := errgroup.WithContext(ctx)
 	g.Go(func() error { return s.keys.watch(inner, s.cache.watcher()) })
+	g.Go(func() error { return s.followMembers(inner) })
 	g.Go(func() error { return s.watchSize(inner) })
 	g.Go(func() error { return s.writeUses(inner) })
 	g.Go(func() error {
