@@ -207,7 +207,9 @@ func TestErrorsKeepTheirKind(t *testing.T) {
 		sandbox.ErrNotFound, sandbox.ErrConflict, sandbox.ErrInvalid, sandbox.ErrExhausted, sandbox.ErrUnavailable, sandbox.ErrDenied,
 		sandbox.ErrUnsupported, syscall.ECONNREFUSED,
 	}
-	h := link.Handlers{Guest: func(_ context.Context, _ sandbox.Member, _ sandbox.ID, port uint16) (net.Conn, error) { return nil, reasons[port-1] }}
+	h := link.Handlers{Guest: func(_ context.Context, _ sandbox.Member, _ sandbox.ID, port uint16) (net.Conn, error) {
+		return nil, reasons[port-1]
+	}}
 	for _, w := range ways() {
 		t.Run(w.name, func(t *testing.T) {
 			open := w.open(t, newRig(t), h)

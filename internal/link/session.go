@@ -52,7 +52,7 @@ func newSession(conn net.Conn, dialed bool, window uint32, b beat) (*session, er
 	if dialed {
 		begin = yamux.Client
 	}
-	y, err := begin(conn, conf)
+	y, err := begin(&joiner{Conn: conn}, conf)
 	if err != nil {
 		return nil, fmt.Errorf("share connection: %w", err)
 	}

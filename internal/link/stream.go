@@ -1,6 +1,7 @@
 package link
 
 import (
+	"encoding/binary"
 	"errors"
 	"net"
 	"os"
@@ -50,4 +51,39 @@ func (s *stream) Close() error {
 	err := s.Stream.Close()
 	_ = s.SetDeadline(time.Unix(1, 0)) // never fails
 	return err
+}
+
+// The header of yamux, see its spec.md: version, type, flags, stream, length.
+const (
+	yamuxHeader   = 12
+	yamuxTypeAt   = 1
+	yamuxTypeData = 0
+	yamuxLengthAt = 8
+)
+
+// joiner is a shared connection as yamux writes to it. Yamux writes the header of a frame and then its data; the joiner
+// sends both at once, which saves a TLS record and a system call for each.
+type joiner struct {
+	net.Conn
+
+	// buf holds a header whose data is still to come; only yamux's one writer touches it.
+	buf []byte
+}
+
+// Write sends p, or keeps it for the next Write.
+func (j *joiner) Write(p []byte) (int, error) {
+	if len(j.buf) == 0 {
+		if len(p) == yamuxHeader && p[yamuxTypeAt] == yamuxTypeData && binary.BigEndian.Uint32(p[yamuxLengthAt:]) > 0 {
+			j.buf = append(j.buf, p...)
+			return len(p), nil
+		}
+		return j.Conn.Write(p)
+	}
+	j.buf = append(j.buf, p...)
+	_, err := j.Conn.Write(j.buf)
+	j.buf = j.buf[:0]
+	if err != nil {
+		return 0, err
+	}
+	return len(p), nil
 }
