@@ -160,6 +160,8 @@ func (f crashNet) Release(ctx context.Context, id sandbox.ID) error {
 func TestKilledAtEachStep(t *testing.T) {
 	running := func(*node, sandbox.ID) error { return nil }
 	paused := func(n *node, id sandbox.ID) error { return n.pauseIt(id, kindMemory) }
+	departed := func(n *node, id sandbox.ID) error { _, err := n.depart(id); return err }
+	var comes comer
 	for name, c := range map[string]struct {
 		prepare func(*node, sandbox.ID) error
 		act     func(*node, sandbox.ID) error
@@ -199,6 +201,30 @@ func TestKilledAtEachStep(t *testing.T) {
 			paused, func(n *node, id sandbox.ID) error { return n.kill(id) }, "paused new/new", "deleted: killed",
 			"stop guest, release network, remove checkpoint",
 		},
+		"depart": {
+			running, departed, "running new/new", "departed new/new",
+			"begin checkpoint, save guest, commit checkpoint, stop guest, release network",
+		},
+		"return": {
+			departed, func(n *node, id sandbox.ID) error { return n.comeBack(id, 0) }, "departed new/new", "running new/new",
+			"acquire network, start guest, remove checkpoint",
+		},
+		"forget where it was": {
+			departed, func(n *node, id sandbox.ID) error { return n.forget(id, 0) }, "departed new/new", "none",
+			"stop guest, release network, remove checkpoint",
+		},
+		"receive": {
+			comes.bring, func(n *node, _ sandbox.ID) error { return n.receive(comes.parcel, comes.generation) }, "none", "received new/new",
+			"acquire network",
+		},
+		"arrive": {
+			comes.receive, func(n *node, id sandbox.ID) error { return n.arrive(id, comes.generation) }, "received new/new", "running new/new",
+			"start guest, remove checkpoint",
+		},
+		"forget where it came": {
+			comes.receive, func(n *node, id sandbox.ID) error { return n.forget(id, comes.generation+1) }, "received new/new", "none",
+			"stop guest, release network, remove checkpoint",
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			var steps []string
@@ -227,6 +253,9 @@ func TestKilledAtEachStep(t *testing.T) {
 							}
 							if reboot { // what ran is gone with the machine, and so is a guest that nobody watched
 								allowed = append(allowed, "lost no guest", strings.Replace(allowed[0], "running", "paused", 1))
+								if name == "depart" { // it was saved, and its guest went with the machine
+									allowed = append(allowed, "paused new/new")
+								}
 							}
 							if !slices.Contains(allowed, found) {
 								m.t.Errorf("killed at %s, machine restarted: %v: found %q, want one of %q", where, reboot, found, allowed)
@@ -292,6 +321,10 @@ func (k *crashTrial) run() string {
 // describe says in which state a sandbox is and what it holds; of one that does not run, what it would hold.
 func (k *crashTrial) describe(n *node, id sandbox.ID) string {
 	switch state := n.state(id); {
+	case strings.HasSuffix(state, "is not on node "+string(n.NodeID())):
+		return "none"
+	case state == "migrating":
+		return k.moving(n, id)
 	case state == "running":
 		if k.m.host.Still(id) {
 			return "running, but it stands still"
@@ -308,6 +341,75 @@ func (k *crashTrial) describe(n *node, id sandbox.ID) string {
 	default:
 		return state
 	}
+}
+
+// moving describes a sandbox that moves, by what it holds when it goes on.
+func (k *crashTrial) moving(n *node, id sandbox.ID) string {
+	in, _ := n.get(id)
+	r := in.record()
+	what, err := "departed ", error(nil)
+	if r.Received {
+		what, err = "received ", n.arrive(id, r.Generation)
+	} else {
+		err = n.comeBack(id, 0)
+	}
+	if err != nil {
+		return what + err.Error()
+	}
+	n.verify()
+	return what + k.m.holds(id)
+}
+
+// comer is a sandbox that comes from another node.
+type comer struct {
+	parcel     *agentv1.Parcel
+	generation int64
+}
+
+// bring makes a sandbox one that another node has, whose checkpoint has been fetched.
+func (c *comer) bring(n *node, id sandbox.ID) error {
+	p, err := n.depart(id)
+	if err != nil {
+		return err
+	}
+	c.parcel, c.generation = p, p.GetSandbox().GetGeneration()+1
+	elsewhere, err := snapshot.New(n.m.t.TempDir(), nil)
+	if err != nil {
+		return err
+	}
+	if err := copyCheckpoint(n.saves, elsewhere, p.GetCheckpoint().GetId()); err != nil {
+		return err
+	}
+	if err := n.forget(id, c.generation); err != nil {
+		return err
+	}
+	synctest.Wait()
+	return copyCheckpoint(elsewhere, n.saves, p.GetCheckpoint().GetId())
+}
+
+func (c *comer) receive(n *node, id sandbox.ID) error {
+	if err := c.bring(n, id); err != nil {
+		return err
+	}
+	return n.receive(c.parcel, c.generation)
+}
+
+// copyCheckpoint does what a fetch does.
+func copyCheckpoint(from, to checkpoints, id string) error {
+	h, err := from.Hold(id)
+	if err != nil {
+		return err
+	}
+	defer h.Release()
+	st, err := to.Begin(id)
+	if err != nil {
+		return err
+	}
+	if err := st.LinkFrom(h); err != nil {
+		return err
+	}
+	_, err = to.Commit(st, h.Manifest)
+	return err
 }
 
 // TestQuarrels has several clients pause, resume, save, roll back, kill and prolong the same sandboxes at once.

@@ -240,7 +240,7 @@ func (n *node) verify() {
 	if err != nil {
 		n.m.t.Fatal(err)
 	}
-	var want []sandbox.ID
+	var want, networks []sandbox.ID // a received sandbox has its network ahead
 	var sum sandbox.Resources
 	owned := map[string]bool{}
 	for _, r := range recs {
@@ -248,6 +248,11 @@ func (n *node) verify() {
 		switch {
 		case r.State == sandbox.StatePaused:
 			owned[r.Checkpoint] = true
+		case r.State == sandbox.StateMigrating:
+			owned[r.Checkpoint] = true
+			if r.Received && r.Runs && n.has(n.all[r.ID]) && n.all[r.ID].record().Network.NetNS != "" {
+				networks = append(networks, r.ID)
+			}
 		case !r.State.Ended():
 			want = append(want, r.ID)
 		}
@@ -262,11 +267,13 @@ func (n *node) verify() {
 	for id := range owned {
 		n.m.t.Errorf("checkpoint %q, which a sandbox is paused in, is gone", id)
 	}
+	networks = append(networks, want...)
 	slices.Sort(want)
+	slices.Sort(networks)
 	if diff := cmp.Diff(want, n.m.guests()); diff != "" {
 		n.m.t.Errorf("guests (-records +machine):\n%s", diff)
 	}
-	if diff := cmp.Diff(want, n.m.net.ids()); diff != "" {
+	if diff := cmp.Diff(networks, n.m.net.ids()); diff != "" {
 		n.m.t.Errorf("networks (-records +machine):\n%s", diff)
 	}
 	if got := n.jour.Ledger().Allocated.Resources; got != sum {

@@ -47,6 +47,9 @@ func (a *Agent) boot(ctx context.Context, in *instance) (*guestConn, error) {
 		Limits: r.Resources, Checkpoint: from.Dir,
 	})
 	if err != nil {
+		if cause := context.Cause(ctx); cause != nil {
+			err = cause // says who ended it, and why
+		}
 		return nil, fmt.Errorf("start sandbox %s: %w", in.id, err)
 	}
 	if !a.watch(in) {
