@@ -35,6 +35,9 @@ type Agent struct {
 	crew     *crew
 	builds   *builds
 	files    *buildFiles
+	peers    peers       // nil: none
+	bucket   bucketStore // nil: none
+	moves    *transfers
 	pressure gauge
 	clock    *clock
 	used     *meter
@@ -71,6 +74,7 @@ func New(cfg Config, d Deps) (*Agent, error) {
 		cfg: cfg, journal: d.Journal, engine: d.Engine, network: d.Network, images: d.Images, saves: d.Snapshots,
 		dial: d.Dial, log: d.Logger, node: d.Journal.NodeID(),
 		gate: newGate(cfg.MaxStarting, cfg.MaxWaiting), crew: newCrew(), builds: newBuilds(cfg.MaxBuilds), files: newBuildFiles(cfg.FilesDir), clock: newClock(),
+		peers: d.Peers, bucket: d.Bucket, moves: newTransfers(),
 		used: &meter{dir: cfg.ScratchDir}, wake: make(chan struct{}, 1),
 		all: map[sandbox.ID]*instance{}, byKey: map[string]*flight{}, pools: map[poolKey]*pool{},
 		garbage: map[string]*garbage{},
@@ -105,6 +109,7 @@ func (a *Agent) Run(ctx context.Context) error {
 		g.Go(func() error { return r.run(ctx) })
 	}
 	g.Go(func() error { return a.sample(ctx) })
+	g.Go(func() error { return a.sweepParts(ctx) })
 	err := g.Wait()
 	a.crew.stop()
 	a.closeIdle()

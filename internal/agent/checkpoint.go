@@ -213,6 +213,11 @@ func (a *Agent) RemoveCheckpoint(ctx context.Context, req *agentv1.RemoveCheckpo
 	if err := snapshot.CheckID(id); err != nil {
 		return nil, toWireError(err)
 	}
+	if req.GetBucket() {
+		if err := a.unstore(ctx, id); err != nil {
+			return nil, toWireError(fmt.Errorf("remove checkpoint %s from the bucket: %w", id, err))
+		}
+	}
 	if m, err := a.saves.Get(id); err != nil || m.Pause {
 		return &agentv1.RemoveCheckpointResponse{}, nil //nolint:nilerr // what is not there is removed
 	}

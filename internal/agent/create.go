@@ -62,7 +62,10 @@ type flight struct {
 
 // createOnce creates, unless the order's idempotency key was used before: then it returns what that create made.
 func (a *Agent) createOnce(ctx context.Context, o *order) (*instance, string, error) {
-	var err error
+	err := a.obtain(ctx, o)
+	if err != nil {
+		return nil, "", err
+	}
 	if o.from, err = a.sourceOf(o.pool); err != nil {
 		return nil, "", err
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"io"
 	"net"
+	"os"
 
 	"github.com/cloister-dev/cloister/internal/guestnet"
 	"github.com/cloister-dev/cloister/internal/image"
@@ -29,6 +30,9 @@ type images interface {
 	Remove(ctx context.Context, digest string) error
 	List(ctx context.Context) ([]image.Image, error)
 	Recover(ctx context.Context) error
+	Open(ctx context.Context, digest string) (image.Image, *os.File, error)
+	Import(ctx context.Context, digest string) (*image.Import, error)
+	SweepPartial(ctx context.Context) error
 	composer
 }
 
@@ -42,6 +46,9 @@ type checkpoints interface {
 	Remove(id string) error
 	Recover(ctx context.Context) error
 	Bytes() int64
+	Import(id string) (*snapshot.Import, error)
+	Parcel(id string) ([]byte, error)
+	Sweep(ctx context.Context) error
 }
 
 // peers connects to other nodes. The connection carries HTTP to what Artifacts of that node serves.

@@ -76,7 +76,8 @@ func (a *Agent) Recover(ctx context.Context) error {
 	return a.sweepImages(ctx)
 }
 
-// sweepImages deletes those that a build had composed when the process before ended, and that nothing names.
+// sweepImages deletes those that a build had composed, or that had been fetched, when the process before ended, and that
+// nothing names.
 func (a *Agent) sweepImages(ctx context.Context) error {
 	have, err := a.images.List(ctx)
 	if err != nil {
@@ -89,7 +90,7 @@ func (a *Agent) sweepImages(ctx context.Context) error {
 	for i := range have {
 		digest := have[i].Digest
 		named := slices.ContainsFunc(known, func(k journal.Image) bool { return k.Digest == digest })
-		if have[i].Base == "" || named || a.imageUsed(digest) {
+		if have[i].Base == "" && !have[i].Fetched || named || a.imageUsed(digest) {
 			continue
 		}
 		a.log.InfoContext(ctx, "image that nothing names deleted", slog.String("image", digest))
@@ -100,14 +101,15 @@ func (a *Agent) sweepImages(ctx context.Context) error {
 	return nil
 }
 
-// sweepCheckpoints deletes those that sandboxes were to be paused in and are not. All others belong to the server.
+// sweepCheckpoints deletes those that sandboxes were to be paused in and are not. All others, and those that are
+// kept of sandboxes of other nodes, belong to the server.
 func (a *Agent) sweepCheckpoints(ctx context.Context) error {
 	needed := map[string]bool{}
 	for _, in := range a.instances() {
 		needed[in.record().Checkpoint] = true
 	}
 	for _, m := range a.saves.List() {
-		if !m.Pause || needed[m.ID] {
+		if !m.Pause || m.Replica || needed[m.ID] {
 			continue
 		}
 		a.log.InfoContext(ctx, "checkpoint that no sandbox needs deleted", slog.String("checkpoint_id", m.ID))

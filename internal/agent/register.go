@@ -30,6 +30,7 @@ func (a *reporter) register(ctx context.Context) (*registration, error) {
 			req.CheckpointIds = append(req.CheckpointIds, m.ID)
 		}
 	}
+	req.ReplicaIds = a.replicas()
 	ctx, cancel := context.WithTimeout(ctx, serverTimeout)
 	defer cancel()
 	resp, err := a.server.Register(ctx, req)

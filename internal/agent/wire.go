@@ -200,6 +200,7 @@ type order struct {
 	custom   bool // the size is not the template's
 	guest    sandbox.GuestSettings
 	from     snapshot.Manifest // of pool.checkpoint; filled in by createOnce
+	lacking  sources           // who has what the node lacks
 
 	autoPause     bool
 	autoPauseKind sandbox.CheckpointKind
@@ -213,6 +214,7 @@ func fromWireCreate(r *agentv1.CreateRequest) (*order, error) {
 		metadata: r.GetMetadata(), guest: fromWireGuest(r.GetGuest()), secure: r.GetSecure(), internet: r.GetAllowInternet(), key: r.GetIdempotencyKey(), custom: r.GetCustomSize(),
 		pool:      poolKey{digest: r.GetImageDigest(), size: fromWireResources(r.GetResources()), checkpoint: r.GetCheckpointId()},
 		autoPause: r.GetAutoPause(), autoPauseKind: fromWireKind(r.GetAutoPauseKind()),
+		lacking:    sources{peers: r.GetPeers(), bucket: r.GetBucket()},
 		autoResume: r.GetAutoResume(), idleTimeout: r.GetIdleTimeout(),
 	}
 	o.guest.Env = over(o.guest.Env, r.GetEnv())

@@ -150,16 +150,24 @@ func (im *Import) Receive(ctx context.Context, record *Image, r io.Reader) (move
 
 // room refuses what cannot be the image, and what the disk cannot hold.
 func (im *Import) room(record *Image) error {
-	if record.Digest != im.digest || record.Bytes < im.have {
-		return sandbox.Invalidf("asked for image %s, of which %d bytes are there, and got %s of %d bytes", im.digest, im.have, record.Digest, record.Bytes)
+	if record.Digest != im.digest {
+		return sandbox.Invalidf("asked for image %s and got %s", im.digest, record.Digest)
+	}
+	if had := im.have; had > record.Bytes {
+		im.have = 0
+		im.sum.Reset()
+		if err := im.file.Truncate(0); err != nil {
+			return fmt.Errorf("get image %s: %w", im.digest, err)
+		}
+		return sandbox.Conflictf("image %s has %d bytes, and %d were there: they are forgotten", im.digest, record.Bytes, had)
 	}
 	var st unix.Statfs_t
 	if err := unix.Statfs(im.dir, &st); err != nil {
 		return fmt.Errorf("get image %s: %w", im.digest, err)
 	}
 	if free := int64(st.Bavail) * st.Bsize; free < record.Bytes-im.have+spareBytes { //nolint:gosec // far below 2^63
-		return sandbox.Unavailablef("the disk has %d MiB left: image %s needs %d MiB, and %d MiB are to stay free",
-			free>>20, im.digest, (record.Bytes-im.have)>>20, spareBytes>>20)
+		return fmt.Errorf("%w: the disk has %d MiB left: image %s needs %d MiB, and %d MiB are to stay free: %w", sandbox.ErrUnavailable,
+			free>>20, im.digest, (record.Bytes-im.have)>>20, spareBytes>>20, unix.ENOSPC)
 	}
 	return nil
 }

@@ -137,8 +137,8 @@ func (im *Import) room(head *Head) error {
 		return fmt.Errorf("get checkpoint %s: %w", im.id, err)
 	}
 	if free := int64(st.Bavail) * st.Bsize; free < head.Manifest.Bytes+spareBytes { //nolint:gosec // far below 2^63
-		return sandbox.Unavailablef("the disk has %d MiB left: checkpoint %s needs %d MiB, and %d MiB are to stay free",
-			free>>20, im.id, head.Manifest.Bytes>>20, spareBytes>>20)
+		return fmt.Errorf("%w: the disk has %d MiB left: checkpoint %s needs %d MiB, and %d MiB are to stay free: %w", sandbox.ErrUnavailable,
+			free>>20, im.id, head.Manifest.Bytes>>20, spareBytes>>20, unix.ENOSPC)
 	}
 	return nil
 }
