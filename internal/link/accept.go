@@ -66,14 +66,14 @@ func (a *acceptor) serveGuest(ctx context.Context, c net.Conn, from sandbox.Memb
 
 // accept answers a head with yes.
 func accept(c net.Conn) error {
-	_, err := c.Write(appendAnswer(nil, nil))
+	_, err := c.Write(answer(nil))
 	return err
 }
 
 // refuse answers a head with no, and closes the stream.
 func refuse(c net.Conn, why error) {
 	_ = c.SetWriteDeadline(time.Now().Add(headTimeout))
-	_, _ = c.Write(appendAnswer(nil, why)) // who has gone meanwhile needs no answer
+	_, _ = c.Write(answer(why)) // who has gone meanwhile needs no answer
 	_ = c.Close()
 }
 

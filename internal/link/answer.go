@@ -40,10 +40,10 @@ const (
 	maxErrorText = 1 << 10
 )
 
-// appendAnswer adds the answer to a head: one byte of 0, or 1, the error's marks, and its text, cut to 1 KiB.
-func appendAnswer(b []byte, err error) []byte {
+// answer returns the answer to a head: one byte of 0, or 1, the error's marks, and its text, cut to 1 KiB.
+func answer(err error) []byte {
 	if err == nil {
-		return append(b, answerOK)
+		return []byte{answerOK}
 	}
 	var bits uint16
 	for i, mark := range marks() {
@@ -56,7 +56,7 @@ func appendAnswer(b []byte, err error) []byte {
 	}
 	text := err.Error()
 	text = text[:min(len(text), maxErrorText)]
-	b = binary.BigEndian.AppendUint16(append(b, answerError), bits)
+	b := binary.BigEndian.AppendUint16([]byte{answerError}, bits)
 	b = binary.BigEndian.AppendUint16(b, uint16(len(text))) //nolint:gosec // cut above
 	return append(b, text...)
 }

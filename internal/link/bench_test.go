@@ -55,20 +55,24 @@ func benchWays() []benchWay {
 	head := link.GuestHead("nodeaa", box, 80)
 	return []benchWay{
 		{"tcp", func(b *testing.B, serve func(*net.TCPConn)) func(context.Context) (net.Conn, error) {
+			b.Helper()
 			h := tcpGuest(b, serve)
 			return func(ctx context.Context) (net.Conn, error) { return h.Guest(ctx, server, box, 80) }
 		}},
 		{"direct", func(b *testing.B, serve func(*net.TCPConn)) func(context.Context) (net.Conn, error) {
+			b.Helper()
 			r := newRig(b)
 			to, reach := r.direct(nodeA, tcpGuest(b, serve)), r.reach(proxyP, nil)
 			return func(ctx context.Context) (net.Conn, error) { return reach.Dial(ctx, to, head) }
 		}},
 		{"link", func(b *testing.B, serve func(*net.TCPConn)) func(context.Context) (net.Conn, error) {
+			b.Helper()
 			r := newRig(b)
 			r.link(nodeA, tcpGuest(b, serve))
 			return func(ctx context.Context) (net.Conn, error) { return r.hub.Open(ctx, head) }
 		}},
 		{"relayed", func(b *testing.B, serve func(*net.TCPConn)) func(context.Context) (net.Conn, error) {
+			b.Helper()
 			r := newRig(b)
 			r.link(nodeA, tcpGuest(b, serve))
 			p, _ := r.link(proxyP, link.Handlers{})

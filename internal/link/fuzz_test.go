@@ -15,7 +15,9 @@ import (
 // FuzzHead reads heads: what is taken is written again as the same bytes, and what is refused has a kind.
 func FuzzHead(f *testing.F) {
 	for _, h := range []Head{
-		{Kind: RPC}, {Kind: Artifact, Node: "nodeaa"}, GuestHead("nodeaa", "ibox", 49983),
+		{Kind: RPC},
+		{Kind: Artifact, Node: "nodeaa"},
+		GuestHead("nodeaa", "ibox", 49983),
 		{Kind: Guest, Node: "nodeaa", Sandbox: sandbox.ID(strings.Repeat("a", 64)), Port: 65535, From: sandbox.Member{Role: sandbox.RoleProxy, ID: "proxyp"}},
 	} {
 		text, err := h.append(nil)
@@ -49,8 +51,8 @@ func FuzzHead(f *testing.F) {
 // FuzzAnswer reads answers, which must never take more than they may.
 func FuzzAnswer(f *testing.F) {
 	f.Add([]byte{0, 1, 2})
-	f.Add(appendAnswer(nil, sandbox.NotFoundf("no sandbox x")))
-	f.Add(appendAnswer(nil, errors.New(strings.Repeat("x", 5000))))
+	f.Add(answer(sandbox.NotFoundf("no sandbox x")))
+	f.Add(answer(errors.New(strings.Repeat("x", 5000))))
 	f.Add([]byte{1, 0xff, 0xff, 0xff, 0xff})
 	f.Fuzz(func(t *testing.T, text []byte) {
 		err := readAnswer(bytes.NewReader(text))
@@ -58,7 +60,7 @@ func FuzzAnswer(f *testing.F) {
 		if !errors.As(err, &remote) {
 			return
 		}
-		again := appendAnswer(nil, remote)
+		again := answer(remote)
 		if err := readAnswer(bytes.NewReader(again)); err == nil || err.Error() != remote.Error() {
 			t.Errorf("%q became %v", remote.Error(), err)
 		}
@@ -80,8 +82,15 @@ func TestHeadRoundTrip(t *testing.T) {
 
 func TestHeadsThatAreNone(t *testing.T) {
 	for _, h := range []Head{
-		{}, {Kind: 4}, {Kind: RPC, Port: 1}, {Kind: Artifact, Sandbox: "ibox"}, {Kind: Guest, Port: 1}, {Kind: Guest, Sandbox: "ibox"},
-		{Kind: Guest, Sandbox: "I/box", Port: 1}, {Kind: RPC, Node: "nope"}, {Kind: RPC, From: sandbox.Member{Role: "king", ID: "abcdef"}},
+		{},
+		{Kind: 4},
+		{Kind: RPC, Port: 1},
+		{Kind: Artifact, Sandbox: "ibox"},
+		{Kind: Guest, Port: 1},
+		{Kind: Guest, Sandbox: "ibox"},
+		{Kind: Guest, Sandbox: "I/box", Port: 1},
+		{Kind: RPC, Node: "nope"},
+		{Kind: RPC, From: sandbox.Member{Role: "king", ID: "abcdef"}},
 		{Kind: RPC, From: sandbox.Member{Role: sandbox.RoleNode}},
 	} {
 		if _, err := h.append(nil); !errors.Is(err, sandbox.ErrInvalid) {

@@ -98,12 +98,12 @@ func (h *Head) append(b []byte) ([]byte, error) {
 	b = appendText(b, string(h.Node))
 	b = appendText(b, string(h.Sandbox))
 	b = binary.BigEndian.AppendUint16(b, h.Port)
-	b[at] = byte(len(b) - at - 1) // check has bounded every text: 255 are never reached
+	b[at] = byte(len(b) - at - 1) //nolint:gosec // check has bounded every text: 255 are never reached
 	return b, nil
 }
 
 func appendText(b []byte, text string) []byte {
-	return append(append(b, byte(len(text))), text...)
+	return append(append(b, byte(len(text))), text...) //nolint:gosec // check has bounded it
 }
 
 // readHead reads one head and not a byte more. Errors: ErrInvalid for what is no head of this version.
@@ -191,4 +191,4 @@ func MayOpen(role sandbox.Role, kind Kind) error {
 }
 
 // errShort is what a stream ends with that was cut while its head or answer was read.
-var errShort = errors.Join(io.ErrUnexpectedEOF, sandbox.ErrUnavailable) //nolint:gochecknoglobals // an error value
+var errShort = errors.Join(io.ErrUnexpectedEOF, sandbox.ErrUnavailable)

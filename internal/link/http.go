@@ -2,6 +2,7 @@ package link
 
 import (
 	"context"
+	"fmt"
 	"io"
 	"log/slog"
 	"net"
@@ -118,9 +119,21 @@ func (t *told) Close() error {
 	return t.Conn.Close()
 }
 
+// transport makes requests over streams. Whatever keeps an answer from coming is ErrUnavailable, also in the middle of a call.
+type transport struct{ *http.Transport }
+
+// RoundTrip makes a request.
+func (t transport) RoundTrip(r *http.Request) (*http.Response, error) {
+	resp, err := t.Transport.RoundTrip(r)
+	if err != nil && r.Context().Err() == nil {
+		err = fmt.Errorf("%w: %w", sandbox.ErrUnavailable, err)
+	}
+	return resp, err
+}
+
 // newTransport returns a transport whose connections are streams that open opens.
-func newTransport(multiplexed bool, open func(ctx context.Context) (net.Conn, error)) *http.Transport {
-	return &http.Transport{
+func newTransport(multiplexed bool, open func(ctx context.Context) (net.Conn, error)) transport {
+	return transport{&http.Transport{
 		DialContext:            func(ctx context.Context, _, _ string) (net.Conn, error) { return open(ctx) },
 		Protocols:              protocols(multiplexed),
 		HTTP2:                  &http.HTTP2Config{MaxReceiveBufferPerStream: receiveWindow},
@@ -128,5 +141,5 @@ func newTransport(multiplexed bool, open func(ctx context.Context) (net.Conn, er
 		MaxIdleConnsPerHost:    4,
 		IdleConnTimeout:        idleHTTP,
 		MaxResponseHeaderBytes: maxHeaderBytes,
-	}
+	}}
 }

@@ -129,7 +129,7 @@ func (l *Link) Run(ctx context.Context) error {
 // shuffled returns the servers in random order, so that members spread over them.
 func shuffled(all []string) []string {
 	all = append([]string(nil), all...)
-	mathrand.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
+	mathrand.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] }) //nolint:gosec // it need not be a secret
 	return all
 }
 
@@ -224,11 +224,7 @@ func (l *Link) dial(ctx context.Context, server, proto string, id linkID) (*sess
 		_ = c.Close()
 		return nil, err
 	}
-	window, b := uint32(controlWindow), controlBeat
-	if proto == protoBulk {
-		window, b = bulkWindow, bulkBeat
-	}
-	s, err := newSession(c, true, window, b)
+	s, err := newSession(c, true, proto == protoBulk)
 	if err != nil {
 		_ = c.Close()
 	}

@@ -94,7 +94,7 @@ func serveConns(ctx context.Context, ln net.Listener, log *slog.Logger, take fun
 		c, err := acceptConn(ctx, ln)
 		if err != nil {
 			if ctx.Err() != nil {
-				return nil //nolint:nilerr // closed because it was told to end
+				return nil // closed because it was told to end
 			}
 			return fmt.Errorf("accept connection: %w", err)
 		}

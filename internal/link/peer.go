@@ -13,9 +13,9 @@ import (
 )
 
 // How dead connections are found: control within 8 s; bulk, where probes wait behind data, within 25 s or with control.
-var ( //nolint:gochecknoglobals // constants of a struct type
-	controlBeat = beat{every: 3 * time.Second, answer: 5 * time.Second}
-	bulkBeat    = beat{every: 10 * time.Second, answer: 15 * time.Second}
+const (
+	controlEvery, controlAnswer = 3 * time.Second, 5 * time.Second
+	bulkEvery, bulkAnswer       = 10 * time.Second, 15 * time.Second
 )
 
 // peer is one life of a member's link.
@@ -88,7 +88,7 @@ func (h *Hub) takeControl(ctx context.Context, c *tls.Conn, m sandbox.Member, id
 	if err := accept(c); err != nil { // only now: the member's bulk connection finds its link
 		return err
 	}
-	s, err := newSession(c, false, controlWindow, controlBeat)
+	s, err := newSession(c, false, false)
 	if err != nil {
 		return err
 	}
@@ -148,7 +148,7 @@ func (h *Hub) takeBulk(ctx context.Context, c *tls.Conn, m sandbox.Member, id li
 	if err := accept(c); err != nil {
 		return err
 	}
-	s, err := newSession(c, false, bulkWindow, bulkBeat)
+	s, err := newSession(c, false, true)
 	if err != nil {
 		return err
 	}

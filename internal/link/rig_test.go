@@ -24,10 +24,10 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // Members of every rig.
 var (
-	server = sandbox.Member{Role: sandbox.RoleServer, ID: "server"} //nolint:gochecknoglobals // names
-	nodeA  = sandbox.Member{Role: sandbox.RoleNode, ID: "nodeaa"}   //nolint:gochecknoglobals // names
-	nodeB  = sandbox.Member{Role: sandbox.RoleNode, ID: "nodebb"}   //nolint:gochecknoglobals // names
-	proxyP = sandbox.Member{Role: sandbox.RoleProxy, ID: "proxyp"}  //nolint:gochecknoglobals // names
+	server = sandbox.Member{Role: sandbox.RoleServer, ID: "server"}
+	nodeA  = sandbox.Member{Role: sandbox.RoleNode, ID: "nodeaa"}
+	nodeB  = sandbox.Member{Role: sandbox.RoleNode, ID: "nodebb"}
+	proxyP = sandbox.Member{Role: sandbox.RoleProxy, ID: "proxyp"}
 )
 
 const box = sandbox.ID("ibox")

@@ -30,22 +30,21 @@ const (
 	headTimeout = 5 * time.Second
 )
 
-// beat is how a shared connection finds that the other end is gone: each probe must be answered in time.
-type beat struct{ every, answer time.Duration }
-
 // session is one shared connection.
 type session struct {
 	yamux *yamux.Session
-	conn  net.Conn
+	conn  *tls.Conn
 	// slots bounds the streams that the other end has open.
 	slots chan struct{}
 }
 
-// newSession begins to share a connection. The caller closes it.
-func newSession(conn net.Conn, dialed bool, window uint32, b beat) (*session, error) {
+// newSession begins to share a connection, for control or for bulk. The caller closes it.
+func newSession(conn *tls.Conn, dialed, bulk bool) (*session, error) {
 	conf := yamux.DefaultConfig()
-	conf.MaxStreamWindowSize = window
-	conf.KeepAliveInterval, conf.ConnectionWriteTimeout = b.every, b.answer
+	conf.MaxStreamWindowSize, conf.KeepAliveInterval, conf.ConnectionWriteTimeout = controlWindow, controlEvery, controlAnswer
+	if bulk {
+		conf.MaxStreamWindowSize, conf.KeepAliveInterval, conf.ConnectionWriteTimeout = bulkWindow, bulkEvery, bulkAnswer
+	}
 	conf.StreamOpenTimeout, conf.StreamCloseTimeout = openTimeout, closeTimeout
 	conf.LogOutput = io.Discard // what happens is told by the errors
 	begin := yamux.Server
@@ -60,7 +59,7 @@ func newSession(conn net.Conn, dialed bool, window uint32, b beat) (*session, er
 }
 
 func (s *session) close() {
-	abort(s.conn.(*tls.Conn).NetConn()) //nolint:errcheck,forcetypeassert // only TLS connections are shared; a peer that does not read must not delay the end
+	abort(s.conn.NetConn()) // a peer that does not read must not delay the end
 	_ = s.yamux.Close()
 }
 
@@ -116,7 +115,7 @@ func (s *session) serve(ctx context.Context, take func(context.Context, *stream)
 		select {
 		case s.slots <- struct{}{}:
 		default:
-			_, _ = st.Write(appendAnswer(nil, sandbox.Exhaustedf("%d streams are open on this connection: no more are taken", maxStreams)))
+			_, _ = st.Write(answer(sandbox.Exhaustedf("%d streams are open on this connection: no more are taken", maxStreams)))
 			_ = st.Close()
 			continue
 		}
