@@ -48,12 +48,17 @@ var errSandboxEnded = errors.New("the sandbox ended")
 // node closed it, which means that the sandbox has ended, or anybody else.
 type guestConn struct {
 	net.Conn
+	pulse  *pulse
 	closed atomic.Bool // by us
+	wrote  atomic.Bool // something of the present request
 	user   atomic.Pointer[exchange]
 }
 
 func (c *guestConn) Read(p []byte) (int, error) {
 	n, err := c.Conn.Read(p)
+	if n > 0 {
+		c.pulse.beat()
+	}
 	if err != nil {
 		err = c.broke(err)
 	}
@@ -62,6 +67,10 @@ func (c *guestConn) Read(p []byte) (int, error) {
 
 func (c *guestConn) Write(p []byte) (int, error) {
 	n, err := c.Conn.Write(p)
+	if n > 0 {
+		c.wrote.Store(true)
+		c.pulse.beat()
+	}
 	if err != nil {
 		err = c.broke(err)
 	}

@@ -31,7 +31,7 @@ type exchange struct {
 	upload    *upload // nil without a body
 
 	transport *http.Transport // set by guests.join
-	fail      *failure        // set by failed, on the request's own goroutine
+	fail      *failure        // set by again and failed, on the request's own goroutine
 	stream    bool            // the answer has no known length; set by answered, likewise
 
 	mu       sync.Mutex
@@ -42,24 +42,60 @@ type exchange struct {
 	broken   error // how the guest's connection broke while waiting
 }
 
-// RoundTrip sends r over a connection to its guest and waits for the head of the answer.
+// RoundTrip sends r to its guest and waits for the head of the answer; it does so again where the guest has moved.
 func (ex *exchange) RoundTrip(r *http.Request) (*http.Response, error) {
+	for {
+		res, wrote, err := ex.send(r)
+		if err == nil || !ex.again(r, wrote, err) {
+			return res, err
+		}
+	}
+}
+
+// again reports whether r is to be sent again after err, and makes that possible.
+func (ex *exchange) again(r *http.Request, wrote bool, err error) bool {
+	begun := ex.upload != nil && ex.upload.begun()
+	dest, again, fail := ex.forwarder.again(r.Context(), ex.dest, ex.unanswered(r.Context(), err), resendable(r.Method, wrote, begun))
+	var to conns
+	if again {
+		to, fail = ex.forwarder.guests.move(dest, ex)
+	}
+	ex.fail = fail
+	if !again || fail != nil {
+		return false
+	}
+	ex.dest, ex.transport = dest, to.transport
+	return true
+}
+
+// unanswered says what the exchange met instead of an answer.
+func (ex *exchange) unanswered(ctx context.Context, err error) unanswered {
+	broken, stopped := ex.brokenBy()
+	left := !stopped && (ctx.Err() != nil || ex.upload != nil && ex.upload.failed.Load())
+	return unanswered{err: err, cut: context.Cause(ctx), broken: broken, clientLeft: left}
+}
+
+// send sends r over a connection to its guest and waits for the head of the answer. wrote tells whether the guest may
+// have got any of it.
+func (ex *exchange) send(r *http.Request) (res *http.Response, wrote bool, err error) {
 	var conn *guestConn
 	trace := &httptrace.ClientTrace{GotConn: func(info httptrace.GotConnInfo) {
 		if c, ok := info.Conn.(*guestConn); ok {
 			conn = c
 			ex.wait()
+			c.wrote.Store(false)
 			c.user.Store(ex)
 		}
 	}}
-	res, err := ex.transport.RoundTrip(r.WithContext(httptrace.WithClientTrace(r.Context(), trace)))
+	res, err = ex.transport.RoundTrip(r.WithContext(httptrace.WithClientTrace(r.Context(), trace)))
 	if conn != nil {
 		conn.user.CompareAndSwap(ex, nil)
+		wrote = conn.wrote.Load()
 	}
 	ex.mu.Lock()
 	defer ex.mu.Unlock()
 	ex.waiting = false
-	return res, err
+	return res, wrote, err
 }
 
 // wait begins waiting for an answer over a connection, the first one or a fresh one after a pooled one that was closed.
@@ -205,6 +241,13 @@ func (u *upload) close(wake func()) {
 
 // Close does nothing: the client's body belongs to its server.
 func (u *upload) Close() error { return nil }
+
+// begun reports whether any of the body has been read.
+func (u *upload) begun() bool {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	return u.reading != nil
+}
 
 // again lets a request be sent over a fresh connection when a pooled one turns out to be closed: only if nothing of the
 // body has been read, since nothing of it is kept.

@@ -26,6 +26,7 @@ const (
 	causeInternalRoute cause = "internal_route"
 	causePortClosed    cause = "port_closed"
 	causeTooMany       cause = "too_many"
+	causeExhausted     cause = "exhausted"
 	causeEnded         cause = "ended"
 	causeGuest         cause = "guest"
 	causeUnreachable   cause = "unreachable"
@@ -109,6 +110,22 @@ func tooMany(t target) *failure {
 	}
 }
 
+// overdue answers when a sandbox did not come to run while a request could wait.
+func overdue(t target, state sandbox.State, err error) *failure {
+	return &failure{
+		status: http.StatusServiceUnavailable, cause: causeTransitioning, id: t.id, port: t.port, title: "Sandbox In Transition",
+		message: fmt.Sprintf("The sandbox is still %s. Try again in a moment.", state), err: err,
+	}
+}
+
+// noRoom answers when a paused sandbox cannot be resumed.
+func noRoom(t target, err error) *failure {
+	return &failure{
+		status: http.StatusServiceUnavailable, cause: causeExhausted, id: t.id, port: t.port, title: "No Room",
+		message: "The sandbox is paused, and there is no room to resume it. Try again in a moment.", err: err,
+	}
+}
+
 func shuttingDown(t target, err error) *failure {
 	return &failure{
 		status: http.StatusServiceUnavailable, cause: causeShutdown, id: t.id, port: t.port,
@@ -121,7 +138,7 @@ func clientGone(t target, err error) *failure {
 }
 
 // notServing returns nil for a sandbox that takes requests.
-func notServing(t target, r Route) *failure {
+func notServing(t target, r sandbox.Route) *failure {
 	f := &failure{status: http.StatusBadGateway, cause: causeNotRunning, id: t.id, port: t.port, title: "Sandbox Not Running"}
 	switch r.State {
 	case sandbox.StateRunning:

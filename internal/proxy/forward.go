@@ -18,9 +18,8 @@ import (
 const (
 	// settleTime is how long the proxy waits for the reason why a sandbox ended: the node closes the sandbox's
 	// connections at once, and the news of why arrives on another way.
-	settleTime     = 300 * time.Millisecond
-	settleInterval = 10 * time.Millisecond
-	settleLookup   = time.Second
+	settleTime   = 300 * time.Millisecond
+	settleLookup = time.Second
 )
 
 // errShutdown says that the proxy itself ends.
@@ -29,17 +28,20 @@ var errShutdown = errors.New("the proxy is shutting down")
 // forwarder is the data path: it brings requests to guests over HTTP/1.1. It makes no decision on where they go.
 type forwarder struct {
 	guests  *guests
+	waits   *waits
 	router  router
 	metrics *metrics
 	reverse httputil.ReverseProxy // what all requests have in common
 }
 
 func newForwarder(cfg Config, m *metrics) *forwarder {
+	g := &guests{
+		dialer: cfg.Dialer, dialTimeout: cfg.DialTimeout, maxRequests: cfg.MaxRequestsPerSandbox, metrics: m,
+		byID: make(map[sandbox.ID]*guest), lastSweep: time.Now(),
+	}
 	return &forwarder{
-		guests: &guests{
-			dialer: cfg.Dialer, dialTimeout: cfg.DialTimeout, maxRequests: cfg.MaxRequestsPerSandbox, metrics: m,
-			byID: make(map[sandbox.ID]*guest), lastSweep: time.Now(),
-		},
+		guests:  g,
+		waits:   &waits{router: cfg.Router, guests: g, timeout: cfg.WaitTimeout, metrics: m, waking: make(map[sandbox.ID]*waking)},
 		router:  cfg.Router,
 		metrics: m,
 		reverse: httputil.ReverseProxy{FlushInterval: -1, ErrorLog: slog.NewLogLogger(cfg.Logger.Handler(), slog.LevelDebug)},
@@ -146,25 +148,31 @@ func (ex *exchange) answered(res *http.Response) error {
 // prefixLocation makes a redirection within a guest one within its path on the proxy, unless the guest has done so.
 func prefixLocation(h http.Header, prefix, host string) {
 	location := h.Get("Location")
+	if prefixed := withPrefix(location, prefix, host); prefixed != location {
+		h.Set("Location", prefixed)
+	}
+}
+
+func withPrefix(location, prefix, host string) string {
 	u, err := url.Parse(location)
 	if err != nil || !strings.HasPrefix(u.Path, "/") || (u.Host != "" && !strings.EqualFold(u.Host, host)) {
-		return
+		return location
 	}
 	if u.Path == prefix || strings.HasPrefix(u.Path, prefix+"/") {
-		return
+		return location
 	}
 	if u.RawPath != "" {
 		u.RawPath = prefix + u.RawPath
 	}
 	u.Path = prefix + u.Path
-	h.Set("Location", u.String())
+	return u.String()
 }
 
 // failed is called when the guest gave no answer; forward returns what it finds.
 func (ex *exchange) failed(_ http.ResponseWriter, r *http.Request, err error) {
-	broken, stopped := ex.brokenBy()
-	left := !stopped && (r.Context().Err() != nil || ex.upload != nil && ex.upload.failed.Load())
-	ex.fail = ex.forwarder.diagnose(context.WithoutCancel(r.Context()), ex.dest, unanswered{err: err, cut: context.Cause(r.Context()), broken: broken, clientLeft: left})
+	if ex.fail == nil {
+		ex.fail = ex.forwarder.diagnose(context.WithoutCancel(r.Context()), ex.dest, ex.unanswered(r.Context(), err))
+	}
 }
 
 // unanswered is what a request met instead of an answer.
@@ -207,7 +215,7 @@ func undialled(t target, err error) *failure {
 			status: http.StatusGatewayTimeout, cause: causeTimeout, id: t.id, port: t.port,
 			message: "The sandbox did not accept the connection in time", err: err,
 		}
-	case errors.Is(err, sandbox.ErrUnavailable), errors.Is(err, syscall.ECONNREFUSED):
+	case errors.Is(err, syscall.ECONNREFUSED):
 		return portClosed(t, err)
 	}
 	return unreachable(t, err)
@@ -243,25 +251,14 @@ func (f *forwarder) sandboxEnded(ctx context.Context, dest destination, err erro
 }
 
 // settle waits a moment for the news that a sandbox no longer runs, and why. It is not ok when there is no such news.
-func (f *forwarder) settle(ctx context.Context, dest destination) (Route, bool) {
+func (f *forwarder) settle(ctx context.Context, dest destination) (sandbox.Route, bool) {
 	ctx, cancel := context.WithTimeout(ctx, settleTime)
 	defer cancel()
-	tick := time.NewTicker(settleInterval)
-	defer tick.Stop()
-	for {
-		route, err := f.router.Route(ctx, dest.id)
-		if err == nil && notServing(dest.target, route) != nil {
-			return route, true
-		}
-		if errors.Is(err, sandbox.ErrNotFound) {
-			return Route{}, false
-		}
-		select {
-		case <-ctx.Done():
-			return Route{}, false
-		case <-tick.C:
-		}
+	route, err := f.router.Route(ctx, dest.id)
+	for err == nil && route.State == sandbox.StateRunning {
+		route, err = f.router.Await(ctx, dest.id, route)
 	}
+	return route, err == nil
 }
 
 // hasEnded reports whether a sandbox no longer runs.

@@ -18,6 +18,8 @@ type metrics struct {
 	open     prometheus.Gauge
 	duration prometheus.Histogram
 	dials    *prometheus.CounterVec
+	waiting  prometheus.Gauge
+	wakes    *prometheus.CounterVec
 	in, out  prometheus.Counter
 }
 
@@ -42,12 +44,18 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 		dials: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "cloister_proxy_dials_total", Help: "Connections opened to guests, by result.",
 		}, []string{"result"}),
+		waiting: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "cloister_proxy_requests_waiting", Help: "Requests that wait for a sandbox that is on its way to run.",
+		}),
+		wakes: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "cloister_proxy_wakes_total", Help: "Paused sandboxes that requests made run, by result: ok, refused or error.",
+		}, []string{"result"}),
 		in: bytes.WithLabelValues("in"), out: bytes.WithLabelValues("out"),
 	}
 	if r == nil {
 		return m, nil
 	}
-	for _, c := range []prometheus.Collector{m.requests, m.failures, m.open, m.duration, m.dials, bytes} {
+	for _, c := range []prometheus.Collector{m.requests, m.failures, m.open, m.duration, m.dials, m.waiting, m.wakes, bytes} {
 		if err := r.Register(c); err != nil {
 			return nil, fmt.Errorf("register the proxy's metrics: %w", err)
 		}
@@ -70,6 +78,18 @@ func (m *metrics) dialed(err error) {
 		result = "error"
 	}
 	m.dials.WithLabelValues(result).Inc()
+}
+
+func (m *metrics) woken(err error) {
+	result := "ok"
+	switch {
+	case err == nil:
+	case errors.Is(err, sandbox.ErrConflict), errors.Is(err, sandbox.ErrNotFound), errors.Is(err, sandbox.ErrExhausted):
+		result = "refused"
+	default:
+		result = "error"
+	}
+	m.wakes.WithLabelValues(result).Inc()
 }
 
 // outcome is what a request came to; its fields are written on the request's own goroutine.

@@ -9,14 +9,14 @@ import (
 	"github.com/cloister-dev/cloister/internal/sandbox"
 )
 
-// TestPauseBeforeAnswer checks what a request is told that a pause cuts.
+// TestPauseBeforeAnswer checks what a request is told that a pause cuts and that cannot be sent again.
 func TestPauseBeforeAnswer(t *testing.T) {
 	for _, state := range []sandbox.State{sandbox.StatePausing, sandbox.StatePaused, sandbox.StateResuming} {
 		t.Run(string(state), func(t *testing.T) {
 			r := newRig(t, nil)
 			entered := make(chan struct{}, 1)
 			r.listen(t, testID, 8000, silent(entered))
-			out := send(client(t), r.request(t, http.MethodGet, "/", nil, toGuest("8000")...))
+			out := send(client(t), r.request(t, http.MethodPost, "/", nil, toGuest("8000")...))
 			<-entered
 			r.end(testID, state, "")
 			want := wireFailure{string(testID), "The sandbox was paused while the request was open", 0, http.StatusBadGateway}
@@ -31,7 +31,7 @@ func TestPauseBeforeAnswer(t *testing.T) {
 func TestPauseBeforeDial(t *testing.T) {
 	r := newRig(t, nil)
 	r.dialErr = sandbox.Conflictf("sandbox is paused")
-	r.onDial = func() { r.set(testID, Route{State: sandbox.StatePaused, Generation: 2}) }
+	r.onDial = func() { r.set(testID, sandbox.Route{State: sandbox.StatePaused, Generation: 2}) }
 	_, body := r.get(t, "/", toGuest("8000")...)
 	want := wireFailure{string(testID), "The sandbox is paused", 0, http.StatusBadGateway}
 	if diff := cmp.Diff(want, failureOf(t, body)); diff != "" {
@@ -45,12 +45,12 @@ func TestResumeElsewhere(t *testing.T) {
 	old := r.listen(t, testID, 8000, seen("before"))
 	c := client(t)
 	do(t, c, r.request(t, http.MethodGet, "/", nil, toGuest("8000")...))
-	r.set(testID, Route{State: sandbox.StatePaused, Generation: 3})
+	r.set(testID, sandbox.Route{State: sandbox.StatePaused, Generation: 3})
 	if res, _ := do(t, c, r.request(t, http.MethodGet, "/", nil, toGuest("8000")...)); res.StatusCode != http.StatusBadGateway {
 		t.Errorf("paused: %d", res.StatusCode)
 	}
 	r.listen(t, testID, 8000, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusTeapot) }))
-	r.set(testID, Route{State: sandbox.StateRunning, Generation: 5})
+	r.set(testID, sandbox.Route{State: sandbox.StateRunning, Generation: 5})
 	// The old server still answers on the connection that was kept to it: nobody may use that.
 	defer old.Close()
 	for _, method := range []string{http.MethodPost, http.MethodGet} {

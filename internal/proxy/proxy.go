@@ -6,8 +6,11 @@
 // that another data path can stand beside this one. It must not decide anything about a sandbox's life, hold records, or
 // trust what a guest or a client sends.
 //
-// Everything is safe for concurrent use. Locks: guests.mu before nothing else; exchange.mu before nothing else; no I/O
-// under either. Goroutines belong to Run (the server's), to http.Transport (two for each open connection to a guest) or
+// A request to a sandbox that does not run but will waits for it (wait.go); one that met a sandbox on its way elsewhere is
+// sent again where that is harmless (again.go).
+//
+// Everything is safe for concurrent use. Locks: guests.mu, waits.mu and exchange.mu, each before nothing else; no I/O
+// under any. Goroutines belong to Run (the server's), to http.Transport (two for each open connection to a guest) or
 // to the request that started them.
 package proxy
 
@@ -29,34 +32,30 @@ const GuestAgentPort = 49983
 
 // Defaults of Config.
 const (
+	defaultWaitTimeout           = 25 * time.Second
 	defaultDialTimeout           = 10 * time.Second
 	defaultDrainTimeout          = 10 * time.Second
 	defaultMaxConnections        = 32768
 	defaultMaxRequestsPerSandbox = 8192
 )
 
-// Route is what the proxy needs to know of a sandbox.
-type Route struct {
-	ID    sandbox.ID
-	State sandbox.State
-	// Reason says why the state is what it is; users see it for failed and lost sandboxes.
-	Reason string
-	// Generation grows with each change of the sandbox. Connections that were kept for an earlier one are not reused.
-	Generation int64
-}
-
-// router finds sandboxes.
+// router finds sandboxes, and makes paused ones run. *control.Control and *routes.Table are routers.
 type router interface {
 	// Route returns what is known of a sandbox. ErrNotFound: no such sandbox; ErrUnavailable: nobody can tell now.
-	Route(ctx context.Context, id sandbox.ID) (Route, error)
+	Route(ctx context.Context, id sandbox.ID) (sandbox.Route, error)
+	// Await returns what is known of a sandbox once that is news compared with seen. Errors: those of Route, and ctx's.
+	Await(ctx context.Context, id sandbox.ID, seen sandbox.Route) (sandbox.Route, error)
+	// Wake makes a sandbox run that is paused and may be resumed by traffic, and returns when it does. ErrNotFound: no such
+	// sandbox; ErrConflict: traffic may not resume it; ErrExhausted: nothing has room for it; ErrUnavailable.
+	Wake(ctx context.Context, id sandbox.ID) (sandbox.Route, error)
 }
 
 // dialer reaches into sandboxes.
 type dialer interface {
-	// DialGuest connects to a TCP port inside a sandbox. ErrNotFound: no such sandbox there; ErrConflict: it is paused, or
-	// on its way there or back; ErrUnavailable: nothing listens on the port. The connection is closed under its user when the
-	// sandbox ends or is paused.
-	DialGuest(ctx context.Context, id sandbox.ID, port uint16) (net.Conn, error)
+	// DialGuest connects to a TCP port inside a sandbox of a node. ErrNotFound: no such sandbox there; ErrConflict: it is
+	// paused, or on its way there or back, or elsewhere; an error that is syscall.ECONNREFUSED: nothing listens on the port;
+	// any other: the node cannot be reached. The connection is closed under its user when the sandbox ends or is paused.
+	DialGuest(ctx context.Context, node sandbox.NodeID, id sandbox.ID, port uint16) (net.Conn, error)
 }
 
 // signatures finds the sandbox whose access token made a signature.
@@ -82,6 +81,9 @@ type Config struct {
 	Logger *slog.Logger
 	// Registerer may be nil, for no metrics.
 	Registerer prometheus.Registerer
+	// WaitTimeout bounds how long a request waits in all for a sandbox that is on its way from one state to another, or
+	// that is woken for it; after it the answer is 503. 0 means 25 s.
+	WaitTimeout time.Duration
 	// DialTimeout bounds connecting to a guest; 0 means 10 s.
 	DialTimeout time.Duration
 	// DrainTimeout bounds how long Run lets open requests go on after its context has ended; 0 means 10 s.
@@ -121,9 +123,10 @@ func New(cfg Config) (*Proxy, error) {
 	if err != nil {
 		return nil, err
 	}
+	f := newForwarder(cfg, m)
 	return &Proxy{
-		resolver:       &resolver{rules: newRules(cfg.Domain, cfg.PublicHosts), router: cfg.Router, signatures: cfg.Signatures},
-		forwarder:      newForwarder(cfg, m),
+		resolver:       &resolver{rules: newRules(cfg.Domain, cfg.PublicHosts), router: cfg.Router, signatures: cfg.Signatures, waits: f.waits},
+		forwarder:      f,
 		metrics:        m,
 		logger:         cfg.Logger,
 		drainTimeout:   cfg.DrainTimeout,
@@ -135,6 +138,7 @@ func withDefaults(cfg *Config) {
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
+	cfg.WaitTimeout = orDefault(cfg.WaitTimeout, defaultWaitTimeout)
 	cfg.DialTimeout = orDefault(cfg.DialTimeout, defaultDialTimeout)
 	cfg.DrainTimeout = orDefault(cfg.DrainTimeout, defaultDrainTimeout)
 	cfg.MaxConnections = orDefault(cfg.MaxConnections, defaultMaxConnections)
@@ -151,6 +155,19 @@ func orDefault[T int | time.Duration](v, otherwise T) T {
 // Drop cuts all open requests of a sandbox and forgets its connections. It is for whoever sees first that a sandbox has
 // ended; requests fail also without it, when the node closes their connections.
 func (p *Proxy) Drop(id sandbox.ID) { p.forwarder.guests.drop(id, errSandboxEnded) }
+
+// Changed takes the news that a sandbox's route is another. What has ended has its open requests cut, and of what is on
+// its way elsewhere the unused connections are closed, so that the node sees requests alone. It does not block.
+func (p *Proxy) Changed(r sandbox.Route) { p.forwarder.guests.changed(r) }
+
+// NodeDown takes the news that a node does not answer any more, and cuts the open requests to it.
+func (p *Proxy) NodeDown(id sandbox.NodeID) { p.forwarder.guests.nodeDown(id) }
+
+// Activities returns what every sandbox was used for that was used after since, and for the zero time all that is
+// remembered. A sandbox without open requests is remembered for 2 minutes, and until since is past its last use.
+func (p *Proxy) Activities(since time.Time) []sandbox.Activity {
+	return p.forwarder.guests.activities(since)
+}
 
 // ServeHTTP answers one request: by the guest that it names, or with an error in that guest's stead.
 func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net/http"
+	"time"
 
 	"github.com/cloister-dev/cloister/internal/sandbox"
 )
@@ -11,7 +12,10 @@ import (
 // destination is where the data path brings a request.
 type destination struct {
 	target
-	generation int64
+	// route is where the sandbox runs.
+	route sandbox.Route
+	// until is when waiting for the sandbox ends; zero while the request has not waited.
+	until time.Time
 }
 
 // resolver decides where a request goes, or why it goes nowhere. It moves no bytes.
@@ -19,6 +23,7 @@ type resolver struct {
 	rules      rules
 	router     router
 	signatures signatures
+	waits      *waits
 }
 
 // resolve decides for a request of net/http's.
@@ -55,7 +60,7 @@ func (rs *resolver) resolveHead(ctx context.Context, h head) (destination, *fail
 	return rs.find(ctx, t)
 }
 
-// find looks the target's sandbox up.
+// find looks the target's sandbox up, and waits for it to take requests.
 func (rs *resolver) find(ctx context.Context, t target) (destination, *failure) {
 	if t.form == formSignature {
 		id, fail := rs.bySignature(ctx, t)
@@ -68,7 +73,7 @@ func (rs *resolver) find(ctx context.Context, t target) (destination, *failure) 
 	if err != nil {
 		return destination{}, unrouted(ctx, t, err)
 	}
-	return destination{target: t, generation: route.Generation}, notServing(t, route)
+	return rs.waits.serving(ctx, destination{target: t, route: route})
 }
 
 func (rs *resolver) bySignature(ctx context.Context, t target) (sandbox.ID, *failure) {
