@@ -146,6 +146,11 @@ type Control struct {
 	uploads *uploads
 	finder  *finder
 	saving  saving
+	// routes numbers what changes for those who follow it; whole is the table as it is sent to them.
+	routes   *routeLog
+	whole    wholeTables
+	wakes    *wakes
+	activity *activity
 	// sweeps hands what nodes registered with to Run.
 	sweeps chan roll
 	// lookups bounds how often an id that is not in the index is asked for at its node.
@@ -184,9 +189,11 @@ func New(ctx context.Context, cfg Config) (*Control, error) {
 		builds:  newBuilds(limits.MaxBuilds),
 		uploads: newUploads(cfg.UploadDir, limits.MaxUpload, limits.MaxUploads),
 		finder:  newFinder(),
+		routes:  newRouteLog(), wakes: newWakes(), activity: newActivity(time.Now()),
 		sweeps:  make(chan roll, maxSweeps),
 		lookups: rate.NewLimiter(200, 200),
 	}
+	c.index.routes, c.fleet.routes = c.routes, c.routes
 	for _, n := range known {
 		c.fleet.restore(n, wanted[n.ID], c.started)
 	}
@@ -203,6 +210,7 @@ func (c *Control) Run(ctx context.Context) error {
 	g.Go(func() error { c.runSweeps(ctx); return nil })
 	g.Go(func() error { c.watchNodes(ctx); return nil })
 	g.Go(func() error { return c.runUploads(ctx) })
+	g.Go(func() error { <-ctx.Done(); c.wakes.close(); return nil })
 	g.Go(func() error {
 		tick := time.NewTicker(pruneEvery)
 		defer tick.Stop()
@@ -212,6 +220,8 @@ func (c *Control) Run(ctx context.Context) error {
 				return nil
 			case now := <-tick.C:
 				c.index.prune(now)
+				c.whole.prune()
+				c.activity.prune(now, c.index.has)
 			}
 		}
 	})

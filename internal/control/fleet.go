@@ -70,6 +70,7 @@ func loadFromWire(w *agentv1.Load, capacity sandbox.Resources) Load {
 // fleet is the nodes of the cluster, as the scheduler sees them.
 type fleet struct {
 	limits Limits
+	routes *routeLog // is told how nodes are reached
 
 	mu sync.Mutex
 	// policy is in force: configured, unless stored says that one was set through the API.
@@ -138,6 +139,7 @@ func (f *fleet) register(n sandbox.Node, images []string, now time.Time) (sandbo
 // refresh brings a node's view up to date; images is nil to keep what it has. It requires mu.
 func (f *fleet) refresh(id sandbox.NodeID, images map[string]struct{}) {
 	m := f.members[id]
+	f.routes.setNode(sandbox.NodeRoute{ID: id, Address: m.record.Address, Down: m.state == sandbox.NodeDown})
 	i, ok := f.at[id]
 	if !ok {
 		i = len(f.views)

@@ -20,6 +20,7 @@ const stretch = 4096
 type index struct {
 	endedFor time.Duration
 	endedMax int
+	routes   *routeLog // is told of every change
 
 	mu     sync.RWMutex
 	byID   map[sandbox.ID]*entry
@@ -49,6 +50,13 @@ func (x *index) get(id sandbox.ID) (sandbox.Sandbox, bool) {
 		return sandbox.Sandbox{}, false
 	}
 	return e.box, true
+}
+
+// has reports whether anything is known of a sandbox.
+func (x *index) has(id sandbox.ID) bool {
+	x.mu.RLock()
+	defer x.mu.RUnlock()
+	return x.byID[id] != nil
 }
 
 // apply takes news about a sandbox, unless newer news is known.
@@ -102,7 +110,9 @@ func (x *index) replace(e *entry, now time.Time) {
 		x.order.put(e)
 		x.counts[e.box.State]++
 	}
+	old := x.byID[e.box.ID]
 	x.byID[e.box.ID] = e
+	x.routes.changed(old, e)
 	if e.box.State.Ended() {
 		x.ended = append(x.ended, endedEntry{entry: e, at: now})
 		x.dropEnded(now)
@@ -133,6 +143,7 @@ func (x *index) forget(e *entry) {
 		return // replaced meanwhile
 	}
 	delete(x.byID, e.box.ID)
+	x.routes.note(e.box.ID)
 	if e.box.State != sandbox.StateDeleted {
 		x.order.remove(e.place())
 		x.counts[e.box.State]--
