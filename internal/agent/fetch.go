@@ -310,14 +310,14 @@ func receiveAll(ctx context.Context, im *snapshot.Import, body io.Reader) (moved
 }
 
 // fromAny tries all who may have something, in their order, until one has given what is missing. Where transfers break off,
-// it starts over with the first, as long as that brings something. Errors: ErrNotFound when nobody has it, else
+// it starts over with the first, as long as that brings something now and then. Errors: ErrNotFound when nobody has it, else
 // ErrUnavailable.
 func (a *Agent) fromAny(ctx context.Context, what string, s sources, try func(context.Context, origin) (int64, error)) (moved int64, err error) {
 	origins := a.origins(s)
 	if len(origins) == 0 {
 		return 0, sandbox.NotFoundf("%s is not on node %s, and nobody was named who has it", what, a.node)
 	}
-	damaged := 0
+	damaged, idle := 0, 0
 	for round := 0; ; round++ {
 		var failures []string
 		before, unknown := moved, 0
@@ -344,7 +344,10 @@ func (a *Agent) fromAny(ctx context.Context, what string, s sources, try func(co
 		if unknown == len(origins) {
 			return moved, sandbox.NotFoundf("nobody has %s: %s", what, text)
 		}
-		if round == maxRounds || damaged > maxDamaged || round > 0 && moved == before {
+		if idle++; moved > before {
+			idle = 0
+		}
+		if round == maxRounds || damaged > maxDamaged || idle > 1 {
 			return moved, sandbox.Unavailablef("%s cannot be had now: %s", what, text)
 		}
 		if !pause(ctx, backoff(round)) {

@@ -75,8 +75,12 @@ type machine struct {
 	// engine and saves may put something in front of the engine and the checkpoints.
 	engine  func(engine.Engine) engine.Engine
 	network func(*fakeNet) network
-	saves   func(checkpoints) checkpoints
-	logger  *slog.Logger
+	// files may have images with contents; peers and bucket are where artifacts come from.
+	files  func(*fakeImages) images
+	peers  peers
+	bucket bucketStore
+	saves  func(checkpoints) checkpoints
+	logger *slog.Logger
 }
 
 func newMachine(tb testing.TB) *machine {
@@ -86,8 +90,8 @@ func newMachine(tb testing.TB) *machine {
 		server: &fakeServer{secret: []byte("0123456789abcdef0123456789abcdef")}, inits: map[sandbox.ID]initBody{},
 		opt:    journal.Options{Capacity: times(small(), 100)},
 		engine: func(e engine.Engine) engine.Engine { return e }, saves: func(c checkpoints) checkpoints { return c },
-		network: func(f *fakeNet) network { return f },
-		cfg:     Config{ScratchDir: "/scratch", Name: "one", WarmMax: -1, MemoryPressure: func() bool { return false }},
+		network: func(f *fakeNet) network { return f }, files: func(f *fakeImages) images { return f },
+		cfg: Config{ScratchDir: "/scratch", Name: "one", WarmMax: -1, MemoryPressure: func() bool { return false }},
 	}
 	m.images.add("one")
 	return m
@@ -127,7 +131,7 @@ func (m *machine) load() *node {
 		m.t.Fatal(err)
 	}
 	a, err := New(m.cfg, Deps{
-		Journal: j, Engine: m.engine(fake.New(m.host)), Network: m.network(m.net), Images: m.images, Snapshots: m.saves(store), Server: m.server,
+		Journal: j, Engine: m.engine(fake.New(m.host)), Network: m.network(m.net), Images: m.files(m.images), Peers: m.peers, Bucket: m.bucket, Snapshots: m.saves(store), Server: m.server,
 		Dial: m.dial, Registerer: prometheus.NewRegistry(), Logger: m.logger,
 	})
 	if err != nil {
