@@ -15,6 +15,8 @@ import (
 	"path/filepath"
 	"testing"
 	"time"
+
+	"github.com/cloister-dev/cloister/internal/sandbox"
 )
 
 // writeCertificate makes a self-signed certificate for *.sbx.test.
@@ -60,7 +62,7 @@ func TestTLS(t *testing.T) {
 		t.Fatal(err)
 	}
 	w := newWorld()
-	w.set(testID, Route{State: "running"})
+	w.set(testID, sandbox.Route{State: "running"})
 	protos := make(chan string, 1)
 	w.listen(t, testID, 8000, http.HandlerFunc(func(_ http.ResponseWriter, q *http.Request) { protos <- q.Header.Get("X-Forwarded-Proto") }))
 	p, err := New(Config{Router: w, Dialer: w, DrainTimeout: time.Millisecond})
@@ -70,7 +72,7 @@ func TestTLS(t *testing.T) {
 	ln := listen(t)
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
-	go func() { done <- p.Run(ctx, Listener{Listener: ln, TLS: cert.TLSConfig()}) }()
+	go func() { done <- p.Serve(ctx, ln, ServeOptions{TLS: cert.TLSConfig()}) }()
 	defer func() {
 		cancel()
 		if err := <-done; err != nil {

@@ -114,7 +114,7 @@ func TestReasonArrivesLate(t *testing.T) {
 	}
 	go func() {
 		defer close(asked)
-		r.set(testID, Route{State: sandbox.StateFailed, Reason: "killed by signal 9"})
+		r.set(testID, sandbox.Route{State: sandbox.StateFailed, Reason: "killed by signal 9"})
 	}()
 	<-asked
 	if f := failureOf(t, (<-out).body); !strings.HasSuffix(f.Message, "killed by signal 9") || f.Code != 502 {
@@ -126,7 +126,9 @@ func TestReasonArrivesLate(t *testing.T) {
 func TestSandboxEndsBeforeDial(t *testing.T) {
 	r := newRig(t, nil)
 	r.dialErr = sandbox.NotFoundf("sandbox is not here")
-	r.onDial = func() { r.set(testID, Route{State: sandbox.StateFailed, Reason: "out of memory: limit 512 MiB"}) }
+	r.onDial = func() {
+		r.set(testID, sandbox.Route{State: sandbox.StateFailed, Reason: "out of memory: limit 512 MiB"})
+	}
 	_, body := r.get(t, "/", toGuest("8000")...)
 	want := wireFailure{string(testID), "The sandbox failed: out of memory: limit 512 MiB", 0, http.StatusBadGateway}
 	if diff := cmp.Diff(want, failureOf(t, body)); diff != "" {
@@ -166,7 +168,7 @@ func TestDrop(t *testing.T) {
 	out := send(client(t), r.request(t, http.MethodPost, "/", pr, toGuest("8000")...))
 	_, _ = io.WriteString(pw, "x")
 	<-entered
-	r.set(testID, Route{State: sandbox.StateDeleted, Reason: "timeout"})
+	r.set(testID, sandbox.Route{State: sandbox.StateDeleted, Reason: "timeout"})
 	r.proxy.Drop(testID)
 	r.proxy.Drop("unknown")
 	if got := <-out; got.status != 502 || !strings.HasSuffix(failureOf(t, got.body).Message, ": timeout") {
@@ -204,7 +206,7 @@ func TestSandboxEndsDuringAnswer(t *testing.T) {
 						t.Fatal(err)
 					}
 					if orderly { // the guest's own kernel closes the connection as it goes down
-						r.set(testID, Route{State: sandbox.StateDeleted})
+						r.set(testID, sandbox.Route{State: sandbox.StateDeleted})
 						close(stop)
 					} else {
 						defer close(stop)
@@ -478,7 +480,7 @@ func TestShutdownLetsRequestsEnd(t *testing.T) {
 	}
 }
 
-func TestRunReportsABrokenListener(t *testing.T) {
+func TestServeReportsABrokenListener(t *testing.T) {
 	w := newWorld()
 	p, err := New(Config{Router: w, Dialer: w})
 	if err != nil {
@@ -486,7 +488,7 @@ func TestRunReportsABrokenListener(t *testing.T) {
 	}
 	ln := listen(t)
 	_ = ln.Close()
-	if err := p.Run(t.Context(), Listener{Listener: ln}); err == nil || !strings.Contains(err.Error(), ln.Addr().String()) {
+	if err := p.Serve(t.Context(), ln, ServeOptions{}); err == nil || !strings.Contains(err.Error(), ln.Addr().String()) {
 		t.Errorf("error %v, want one with the address", err)
 	}
 }

@@ -21,6 +21,7 @@ type metrics struct {
 	waiting  prometheus.Gauge
 	wakes    *prometheus.CounterVec
 	in, out  prometheus.Counter
+	byClass  [6]prometheus.Counter // requests, by the first digit of their status; 0 for none
 }
 
 func newMetrics(r prometheus.Registerer) (*metrics, error) {
@@ -51,6 +52,9 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 			Name: "cloister_proxy_wakes_total", Help: "Paused sandboxes that requests made run, by result: ok, refused or error.",
 		}, []string{"result"}),
 		in: bytes.WithLabelValues("in"), out: bytes.WithLabelValues("out"),
+	}
+	for i := range m.byClass {
+		m.byClass[i] = m.requests.WithLabelValues(codeClass(i * 100))
 	}
 	if r == nil {
 		return m, nil
@@ -108,16 +112,23 @@ func (m *metrics) begin() *outcome {
 func (o *outcome) end() {
 	o.metrics.open.Dec()
 	o.metrics.duration.Observe(time.Since(o.start).Seconds())
-	o.metrics.requests.WithLabelValues(codeClass(o.status)).Inc()
+	o.metrics.byClass[classIndex(o.status)].Inc()
 	if o.failure != "" {
 		o.metrics.failures.WithLabelValues(string(o.failure)).Inc()
 	}
 }
 
+func classIndex(status int) int {
+	if status < 100 || status >= 600 || status == statusClientGone {
+		return 0
+	}
+	return status / 100
+}
+
 // codeClass is one of 1xx to 5xx, or "none" where no status was sent.
 func codeClass(status int) string {
-	if status < 100 || status >= 600 || status == statusClientGone {
-		return "none"
+	if i := classIndex(status); i > 0 {
+		return strconv.Itoa(i) + "xx"
 	}
-	return strconv.Itoa(status/100) + "xx"
+	return "none"
 }

@@ -10,13 +10,12 @@
 // sent again where that is harmless (again.go).
 //
 // Everything is safe for concurrent use. Locks: guests.mu, waits.mu and exchange.mu, each before nothing else; no I/O
-// under any. Goroutines belong to Run (the server's), to http.Transport (two for each open connection to a guest) or
+// under any. Goroutines belong to Serve (the server's), to http.Transport (two for each open connection to a guest) or
 // to the request that started them.
 package proxy
 
 import (
 	"context"
-	"crypto/tls"
 	"log/slog"
 	"net"
 	"net/http"
@@ -90,17 +89,19 @@ type Config struct {
 	DrainTimeout time.Duration
 	// MaxConnections bounds the client connections of each listener; more wait to be accepted. 0 means 32768.
 	MaxConnections int
+	// HTTP1 is the data path of HTTP/1.1; empty means HTTP1Fast.
+	HTTP1 string
 	// MaxRequestsPerSandbox bounds the open requests of one sandbox; more are answered with 429. 0 means 8192.
 	MaxRequestsPerSandbox int
 }
 
-// Listener is a socket that Run answers on.
-type Listener struct {
-	net.Listener
-	// TLS is what clients are met with; HTTP/2 is offered where NextProtos has h2. Nil means plain HTTP/1.1, and
-	// HTTP/2 for clients that begin with it.
-	TLS *tls.Config
-}
+// The data paths that HTTP/1.1 may take.
+const (
+	// HTTP1Fast is the proxy's own.
+	HTTP1Fast = "fast"
+	// HTTP1Standard is net/http's, slower by far and used by many more.
+	HTTP1Standard = "standard"
+)
 
 // Proxy is an http.Handler for sandbox traffic.
 type Proxy struct {
@@ -111,12 +112,17 @@ type Proxy struct {
 
 	drainTimeout   time.Duration
 	maxConnections int
+	http1          string
+	stallTimeout   time.Duration
 }
 
-// New returns a Proxy; Run, or an http.Server of the caller's, makes it answer. Errors: ErrInvalid.
+// New returns a Proxy; Serve, or an http.Server of the caller's, makes it answer. Errors: ErrInvalid.
 func New(cfg Config) (*Proxy, error) {
 	if cfg.Router == nil || cfg.Dialer == nil {
 		return nil, sandbox.Invalidf("proxy: a router and a dialer are needed")
+	}
+	if cfg.HTTP1 != "" && cfg.HTTP1 != HTTP1Fast && cfg.HTTP1 != HTTP1Standard {
+		return nil, sandbox.Invalidf("proxy: HTTP/1.1 by %q: want %s or %s", cfg.HTTP1, HTTP1Fast, HTTP1Standard)
 	}
 	withDefaults(&cfg)
 	m, err := newMetrics(cfg.Registerer)
@@ -131,6 +137,8 @@ func New(cfg Config) (*Proxy, error) {
 		logger:         cfg.Logger,
 		drainTimeout:   cfg.DrainTimeout,
 		maxConnections: cfg.MaxConnections,
+		http1:          cfg.HTTP1,
+		stallTimeout:   stallTimeout,
 	}, nil
 }
 
@@ -182,24 +190,27 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	o.status, o.failure = fail.status, fail.cause
-	p.log(r, fail)
+	p.log(r.Context(), fail, r.Method, r.RemoteAddr)
 	if fail.status == statusClientGone {
 		panic(http.ErrAbortHandler) // an empty 200 would be a lie to a client that only closed its sending side
 	}
 	fail.write(w, r)
 }
 
-func (p *Proxy) log(r *http.Request, fail *failure) {
+func (p *Proxy) log(ctx context.Context, fail *failure, method, remote string) {
 	level := slog.LevelDebug
 	if fail.cause == causeUnreachable {
 		level = slog.LevelWarn
 	}
+	if !p.logger.Enabled(ctx, level) {
+		return
+	}
 	attrs := []slog.Attr{
 		slog.String("sandbox_id", string(fail.id)), slog.Int("port", int(fail.port)), slog.String("cause", string(fail.cause)),
-		slog.Int("status", fail.status), slog.String("method", r.Method), slog.String("remote_addr", r.RemoteAddr),
+		slog.Int("status", fail.status), slog.String("method", method), slog.String("remote_addr", remote),
 	}
 	if fail.err != nil {
 		attrs = append(attrs, slog.Any("err", fail.err))
 	}
-	p.logger.LogAttrs(r.Context(), level, "request not forwarded", attrs...)
+	p.logger.LogAttrs(ctx, level, "request not forwarded", attrs...)
 }

@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/prometheus/client_golang/prometheus"
@@ -65,7 +66,7 @@ func TestRouting(t *testing.T) {
 }
 
 func TestRefusals(t *testing.T) {
-	r := newRig(t, func(c *Config) { c.Domain = "sbx.test:8443" })
+	r := newRig(t, func(c *Config) { c.Domain, c.WaitTimeout = "sbx.test:8443", time.Millisecond })
 	r.listen(t, testID, GuestAgentPort, seen("49983"))
 	id := string(testID)
 	for state, reason := range map[sandbox.State]string{
@@ -73,9 +74,8 @@ func TestRefusals(t *testing.T) {
 		sandbox.StatePausing: "", sandbox.StateResuming: "", sandbox.StateMigrating: "", sandbox.StateStopping: "", sandbox.StateStopped: "",
 		sandbox.StateDeleted: "timeout", "unheard": "",
 	} {
-		r.set(sandbox.ID(state), Route{State: state, Reason: reason})
+		r.set(sandbox.ID(state), sandbox.Route{State: state, Reason: reason})
 	}
-	const transitioning = "The sandbox is still transitioning. Try again in a moment."
 	tests := []struct {
 		name, path string
 		header     []string
@@ -89,10 +89,10 @@ func TestRefusals(t *testing.T) {
 		{"stopping", "/", []string{headerSandboxID, "stopping"}, wireFailure{"stopping", "The sandbox is stopping", 0, 502}},
 		{"stopped", "/", []string{headerSandboxID, "stopped"}, wireFailure{"stopped", "The sandbox is stopped", 0, 502}},
 		{"deleted", "/", []string{headerSandboxID, "deleted"}, wireFailure{"deleted", "The sandbox was not found", 0, 502}},
-		{"creating", "/", []string{headerSandboxID, "creating"}, wireFailure{"creating", transitioning, 0, 409}},
-		{"pausing", "/", []string{headerSandboxID, "pausing"}, wireFailure{"pausing", transitioning, 0, 409}},
-		{"resuming", "/", []string{headerSandboxID, "resuming"}, wireFailure{"resuming", transitioning, 0, 409}},
-		{"migrating", "/", []string{headerSandboxID, "migrating"}, wireFailure{"migrating", transitioning, 0, 409}},
+		{"creating", "/", []string{headerSandboxID, "creating"}, wireFailure{"creating", "The sandbox is still creating. Try again in a moment.", 0, 503}},
+		{"pausing", "/", []string{headerSandboxID, "pausing"}, wireFailure{"pausing", "The sandbox is still pausing. Try again in a moment.", 0, 503}},
+		{"resuming", "/", []string{headerSandboxID, "resuming"}, wireFailure{"resuming", "The sandbox is still resuming. Try again in a moment.", 0, 503}},
+		{"migrating", "/", []string{headerSandboxID, "migrating"}, wireFailure{"migrating", "The sandbox is still migrating. Try again in a moment.", 0, 503}},
 		{"state of the future", "/", []string{headerSandboxID, "unheard"}, wireFailure{"unheard", "The sandbox cannot be reached now. Try again in a moment.", 0, 503}},
 		{"unknown signature", "/files?signature=v1_z&path=f", nil, wireFailure{"", "The signature matches no running sandbox", 0, 401}},
 		{"internal route", "/init", []string{headerSandboxID, id}, wireFailure{id, "This route is internal to the cluster and cannot be reached through the proxy", 0, 404}},
@@ -132,7 +132,7 @@ func TestRefusals(t *testing.T) {
 }
 
 func TestUnreachable(t *testing.T) {
-	r := newRig(t, nil)
+	r := newRig(t, func(c *Config) { c.WaitTimeout = time.Millisecond })
 	tests := []struct {
 		name            string
 		route, dial     error
@@ -142,7 +142,7 @@ func TestUnreachable(t *testing.T) {
 		{"router is away", sandbox.Unavailablef("no server"), nil, 503, "The sandbox cannot be reached now. Try again in a moment.", "unreachable"},
 		{"node is away", nil, errors.New("no route to host"), 503, "The sandbox cannot be reached now. Try again in a moment.", "unreachable"},
 		{"node does not know it", nil, sandbox.NotFoundf("sandbox"), 502, "The sandbox was not found", "not_found"},
-		{"node pauses it", nil, sandbox.Conflictf("sandbox is pausing"), 409, "The sandbox is still transitioning. Try again in a moment.", "transitioning"},
+		{"node pauses it", nil, sandbox.Conflictf("sandbox is pausing"), 503, "The sandbox is still pausing. Try again in a moment.", "transitioning"},
 		{"connecting takes too long", nil, context.DeadlineExceeded, 504, "The sandbox did not accept the connection in time", "timeout"},
 	}
 	for _, tt := range tests {
@@ -308,9 +308,9 @@ func TestGenerationRenewsConnections(t *testing.T) {
 	if n := r.dials.Load(); n != 1 {
 		t.Fatalf("%d connections for three requests, want 1", n)
 	}
-	r.set(testID, Route{State: sandbox.StateRunning, Generation: 2})
+	r.set(testID, sandbox.Route{State: sandbox.StateRunning, Generation: 2})
 	r.get(t, "/", toGuest("8000")...)
-	r.set(testID, Route{State: sandbox.StateRunning, Generation: 1}) // old news
+	r.set(testID, sandbox.Route{State: sandbox.StateRunning, Generation: 1}) // old news
 	r.get(t, "/", toGuest("8000")...)
 	if n := r.dials.Load(); n != 2 {
 		t.Errorf("%d connections after the generation grew, want 2", n)

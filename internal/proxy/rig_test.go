@@ -3,14 +3,17 @@ package proxy
 import (
 	"context"
 	"encoding/json"
+	"flag"
 	"fmt"
 	"io"
 	"log/slog"
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -20,43 +23,94 @@ import (
 	"github.com/cloister-dev/cloister/internal/sandbox"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	flag.Parse()
+	goleak.VerifyTestMain(bothPaths{m})
+}
+
+// dataPath is the data path that rigs take.
+var dataPath = HTTP1Fast
+
+// bothPaths runs all tests once for each data path.
+type bothPaths struct{ m *testing.M }
+
+func (b bothPaths) Run() int {
+	if f := flag.Lookup("test.fuzz"); f != nil && f.Value.String() != "" {
+		return b.m.Run()
+	}
+	for _, dataPath = range []string{HTTP1Standard, HTTP1Fast} {
+		if code := b.m.Run(); code != 0 {
+			_, _ = fmt.Fprintln(os.Stderr, "HTTP/1.1 was", dataPath)
+			return code
+		}
+	}
+	return 0
+}
 
 const testID = sandbox.ID("i0node0abcdefghijklm")
 
 // world is a router, a dialer and a finder of signatures over servers of this process.
 type world struct {
 	mu     sync.Mutex
-	routes map[sandbox.ID]Route
+	routes map[sandbox.ID]sandbox.Route
 	addrs  map[string]string // id:port -> address
 	conns  map[sandbox.ID][]net.Conn
 	signed map[signedURL]sandbox.ID
 
+	news chan struct{} // closed by the next change of a route
+
 	routeErr, dialErr error
 	onDial            func()
-	dials             atomic.Int64
+	onWake            func(context.Context, sandbox.ID) (sandbox.Route, error)
+	dials, wakes      atomic.Int64
 }
 
 func newWorld() *world {
 	return &world{
-		routes: map[sandbox.ID]Route{}, addrs: map[string]string{}, conns: map[sandbox.ID][]net.Conn{}, signed: map[signedURL]sandbox.ID{},
+		routes: map[sandbox.ID]sandbox.Route{}, addrs: map[string]string{}, conns: map[sandbox.ID][]net.Conn{}, signed: map[signedURL]sandbox.ID{},
+		news: make(chan struct{}),
 	}
 }
 
-func (w *world) Route(_ context.Context, id sandbox.ID) (Route, error) {
+func (w *world) Route(_ context.Context, id sandbox.ID) (sandbox.Route, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.routeErr != nil {
-		return Route{}, w.routeErr
+		return sandbox.Route{}, w.routeErr
 	}
 	r, ok := w.routes[id]
 	if !ok {
-		return Route{}, sandbox.NotFoundf("sandbox %s", id)
+		return sandbox.Route{}, sandbox.NotFoundf("sandbox %s", id)
 	}
 	return r, nil
 }
 
-func (w *world) DialGuest(ctx context.Context, id sandbox.ID, port uint16) (net.Conn, error) {
+func (w *world) Await(ctx context.Context, id sandbox.ID, seen sandbox.Route) (sandbox.Route, error) {
+	for {
+		w.mu.Lock()
+		news := w.news
+		w.mu.Unlock()
+		r, err := w.Route(ctx, id)
+		if err != nil || r.News(seen) {
+			return r, err
+		}
+		select {
+		case <-news:
+		case <-ctx.Done():
+			return r, ctx.Err()
+		}
+	}
+}
+
+func (w *world) Wake(ctx context.Context, id sandbox.ID) (sandbox.Route, error) {
+	w.wakes.Add(1)
+	if w.onWake == nil {
+		return sandbox.Route{}, sandbox.Conflictf("sandbox %s is paused", id)
+	}
+	return w.onWake(ctx, id)
+}
+
+func (w *world) DialGuest(ctx context.Context, _ sandbox.NodeID, id sandbox.ID, port uint16) (net.Conn, error) {
 	w.dials.Add(1)
 	w.mu.Lock()
 	addr, ok := w.addrs[fmt.Sprintf("%s:%d", id, port)]
@@ -69,7 +123,7 @@ func (w *world) DialGuest(ctx context.Context, id sandbox.ID, port uint16) (net.
 		return nil, err
 	}
 	if !ok {
-		return nil, sandbox.Unavailablef("port %d of sandbox %s is not open", port, id)
+		return nil, fmt.Errorf("port %d of sandbox %s: %w: %w", port, id, sandbox.ErrUnavailable, syscall.ECONNREFUSED)
 	}
 	var d net.Dialer
 	conn, err := d.DialContext(ctx, "tcp", addr)
@@ -92,17 +146,33 @@ func (w *world) SandboxBySignature(_ context.Context, path, op, user, signature,
 	return id, nil
 }
 
-func (w *world) set(id sandbox.ID, r Route) {
+func (w *world) set(id sandbox.ID, r sandbox.Route) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	w.putLocked(id, r)
+}
+
+func (w *world) putLocked(id sandbox.ID, r sandbox.Route) {
 	r.ID = id
 	w.routes[id] = r
+	close(w.news)
+	w.news = make(chan struct{})
 }
 
 // listen lets handler answer on a port of a sandbox.
 func (w *world) listen(tb testing.TB, id sandbox.ID, port uint16, handler http.Handler) *httptest.Server {
 	tb.Helper()
-	srv := httptest.NewServer(handler)
+	return w.listenWith(tb, id, port, handler, nil)
+}
+
+// listenWith tells the server's connections' states, too.
+func (w *world) listenWith(tb testing.TB, id sandbox.ID, port uint16, handler http.Handler, state func(net.Conn, http.ConnState)) *httptest.Server {
+	tb.Helper()
+	srv := httptest.NewUnstartedServer(handler)
+	if state != nil {
+		srv.Config.ConnState = state
+	}
+	srv.Start()
 	tb.Cleanup(srv.Close)
 	w.point(id, port, srv.Listener.Addr().String())
 	return srv
@@ -118,7 +188,7 @@ func (w *world) point(id sandbox.ID, port uint16, addr string) {
 func (w *world) end(id sandbox.ID, state sandbox.State, reason string) {
 	w.mu.Lock()
 	conns := w.conns[id]
-	w.routes[id] = Route{ID: id, State: state, Reason: reason}
+	w.putLocked(id, sandbox.Route{State: state, Reason: reason})
 	w.mu.Unlock()
 	for _, c := range conns {
 		_ = c.Close()
@@ -137,9 +207,9 @@ type rig struct {
 func newRig(tb testing.TB, change func(*Config)) *rig {
 	tb.Helper()
 	w := newWorld()
-	w.set(testID, Route{State: sandbox.StateRunning, Generation: 1})
+	w.set(testID, sandbox.Route{State: sandbox.StateRunning, Generation: 1})
 	r := &rig{world: w, metrics: prometheus.NewRegistry()}
-	cfg := Config{Logger: slog.New(slog.NewTextHandler(tb.Output(), &slog.HandlerOptions{Level: slog.LevelDebug})), Router: w, Dialer: w, Signatures: w, Registerer: r.metrics, DrainTimeout: 50 * time.Millisecond}
+	cfg := Config{HTTP1: dataPath, Logger: slog.New(slog.NewTextHandler(tb.Output(), &slog.HandlerOptions{Level: slog.LevelDebug})), Router: w, Dialer: w, Signatures: w, Registerer: r.metrics, DrainTimeout: 50 * time.Millisecond}
 	if change != nil {
 		change(&cfg)
 	}
@@ -151,7 +221,7 @@ func newRig(tb testing.TB, change func(*Config)) *rig {
 	r.addr = ln.Addr().String()
 	ctx, cancel := context.WithCancel(tb.Context())
 	done := make(chan error, 1)
-	go func() { done <- r.proxy.Run(ctx, Listener{Listener: ln}) }()
+	go func() { done <- r.proxy.Serve(ctx, ln, ServeOptions{}) }()
 	r.stop = sync.OnceValue(func() error {
 		cancel()
 		return <-done

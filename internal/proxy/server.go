@@ -28,14 +28,45 @@ const (
 	lastWords         = time.Second // for answers to requests that a shutdown has cut
 )
 
-// Run answers on the listeners until ctx ends, then closes them, lets open requests go on for Config.DrainTimeout and
-// cuts the rest. It returns when all of that is over: nil after ctx has ended, else why a listener failed.
-func (p *Proxy) Run(ctx context.Context, listeners ...Listener) error {
-	srv := p.server()
-	group, groupCtx := errgroup.WithContext(ctx)
-	for _, ln := range listeners {
-		group.Go(func() error { return serve(srv, p.wrap(ln), ln.Addr()) })
+// ServeOptions say how Serve meets clients.
+type ServeOptions struct {
+	// TLS is what clients are met with; HTTP/2 is offered where NextProtos has h2. Nil means plain HTTP/1.1, and
+	// HTTP/2 for clients that begin with it.
+	TLS *tls.Config
+	// Handler answers whatever net/http has to: HTTP/2, the hosts of Foreign and, with HTTP1Standard, everything. Nil means
+	// the Proxy itself. It must give the Proxy what is not Foreign.
+	Handler http.Handler
+	// Foreign reports whether a Host header, as sent and with a port where it has one, names something else than a sandbox, such as
+	// the API. A connection that asks for one stays with net/http from then on. Nil means that none does.
+	Foreign func(host string) bool
+}
+
+// Serve answers on the listener until ctx ends, then closes it, lets open requests go on for Config.DrainTimeout, cuts the
+// rest and closes the Proxy. It returns when all of that is over: nil after ctx has ended, else why the listener failed.
+func (p *Proxy) Serve(ctx context.Context, l net.Listener, opt ServeOptions) error {
+	bounded := &boundedListener{Listener: l, slots: make(chan struct{}, p.maxConnections), done: make(chan struct{})}
+	if opt.Handler == nil {
+		opt.Handler = p
 	}
+	srv := p.server(opt.Handler)
+	if p.http1 == HTTP1Standard {
+		return p.serveStandard(ctx, bounded, srv, opt.TLS)
+	}
+	s := &fastServer{
+		proxy: p, listener: bounded, tls: opt.TLS, foreign: opt.Foreign, standard: srv, handOver: newHandOver(l.Addr()),
+		stall: p.stallTimeout, open: make(map[*clientConn]struct{}),
+	}
+	return s.run(ctx)
+}
+
+// serveStandard leaves everything to net/http.
+func (p *Proxy) serveStandard(ctx context.Context, l net.Listener, srv *http.Server, config *tls.Config) error {
+	addr := l.Addr()
+	if config != nil {
+		l = tls.NewListener(l, config)
+	}
+	group, groupCtx := errgroup.WithContext(ctx)
+	group.Go(func() error { return serve(srv, l, addr) })
 	group.Go(func() error {
 		<-groupCtx.Done()
 		p.shutdown(context.WithoutCancel(groupCtx), srv)
@@ -58,13 +89,13 @@ func serve(srv *http.Server, ln net.Listener, addr net.Addr) error {
 	return nil
 }
 
-func (p *Proxy) server() *http.Server {
+func (p *Proxy) server(handler http.Handler) *http.Server {
 	var protocols http.Protocols
 	protocols.SetHTTP1(true)
 	protocols.SetHTTP2(true)
 	protocols.SetUnencryptedHTTP2(true)
 	return &http.Server{
-		Handler:           p,
+		Handler:           handler,
 		Protocols:         &protocols,
 		ReadHeaderTimeout: readHeaderTimeout,
 		IdleTimeout:       idleTimeout,
@@ -90,15 +121,6 @@ func (p *Proxy) shutdown(ctx context.Context, srv *http.Server) {
 	_ = srv.Shutdown(last)
 	_ = srv.Close()
 	p.Close()
-}
-
-// wrap bounds a listener's connections and puts TLS on it.
-func (p *Proxy) wrap(ln Listener) net.Listener {
-	bounded := &boundedListener{Listener: ln.Listener, slots: make(chan struct{}, p.maxConnections), done: make(chan struct{})}
-	if ln.TLS == nil {
-		return bounded
-	}
-	return tls.NewListener(bounded, ln.TLS)
 }
 
 // boundedListener accepts no more connections than it has slots.

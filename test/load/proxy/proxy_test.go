@@ -80,7 +80,7 @@ func newRig(b *testing.B) rig {
 	}
 	ctx, cancel := context.WithCancel(b.Context())
 	done := make(chan error, 1)
-	go func() { done <- p.Run(ctx, proxy.Listener{Listener: ln}) }()
+	go func() { done <- p.Serve(ctx, ln, proxy.ServeOptions{}) }()
 	b.Cleanup(func() {
 		cancel()
 		if err := <-done; err != nil {
