@@ -83,7 +83,12 @@ func (a *Agent) depart(ctx context.Context, in *instance, grace, deadline time.D
 	if err := in.lock(ctx); err != nil {
 		return err
 	}
-	defer a.release(in)
+	release := true
+	defer func() {
+		if release {
+			a.release(in)
+		}
+	}()
 	switch r := in.record(); {
 	case r.State == sandbox.StateMigrating && !r.Received:
 		return nil // asked again
@@ -97,7 +102,18 @@ func (a *Agent) depart(ctx context.Context, in *instance, grace, deadline time.D
 	if err := in.emptied(ctx, grace); err != nil {
 		return err
 	}
-	return a.departRunning(ctx, in, deadline)
+	if err := a.departRunning(ctx, in, deadline); err != nil {
+		return err
+	}
+	// The guest, which stands still, is in nobody's way: where the sandbox goes, it need not be waited for.
+	release = !a.crew.run(func(ctx context.Context) {
+		defer a.release(in)
+		a.retryLater(ctx, in, a.leave(ctx, in))
+	})
+	if release {
+		a.retryLater(ctx, in, a.leave(ctx, in))
+	}
+	return nil
 }
 
 // departPaused marks a paused sandbox as one that moves.
@@ -114,8 +130,8 @@ func (a *Agent) departPaused(ctx context.Context, in *instance, deadline time.Du
 	return a.putDeparted(ctx, in, &m, false, deadline)
 }
 
-// departRunning saves a running sandbox and takes its guest away; once begun, it does not depend on the caller. After an error
-// the sandbox runs, or is about to. What a crash in between leaves is that of a pause.
+// departRunning saves a running sandbox, whose guest stands still from then on and is to be taken away; once begun, it does not
+// depend on the caller. After an error the sandbox runs, or is about to. What a crash in between leaves is that of a pause.
 //
 // Preconditions: the caller holds in.op.
 func (a *Agent) departRunning(ctx context.Context, in *instance, deadline time.Duration) (err error) {
@@ -139,7 +155,6 @@ func (a *Agent) departRunning(ctx context.Context, in *instance, deadline time.D
 	}
 	a.log.InfoContext(ctx, "sandbox departed", slog.String("op", "depart"), slog.String("sandbox_id", string(in.id)),
 		slog.Int64("bytes", m.Bytes), slog.Duration("after", time.Since(began)))
-	a.retryLater(ctx, in, a.leave(ctx, in))
 	return nil
 }
 

@@ -4,6 +4,7 @@ package move_test
 import (
 	"context"
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -119,10 +120,10 @@ func newNode(tb testing.TB, third byte) *node {
 		if err := n.StopAll(context.Background(), "the test is over"); err != nil {
 			tb.Error(err)
 		}
-		nets.Close()
-		if err := jr.Close(); err != nil {
+		if err := errors.Join(nets.Purge(context.Background()), eng.Purge(context.Background()), jr.Close()); err != nil {
 			tb.Error(err)
 		}
+		nets.Close()
 	})
 	return n
 }
