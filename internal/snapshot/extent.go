@@ -10,6 +10,7 @@ import (
 	"hash"
 	"io"
 	"os"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 
@@ -118,50 +119,110 @@ func sendFile(ctx context.Context, w io.Writer, f *os.File, size, from int64) er
 	return err
 }
 
-// receiver writes a file from its frames.
+// receiver writes a file from its frames. One goroutine reads them and another checks and writes them, since both take
+// about as long.
 type receiver struct {
 	f    *os.File
 	size int64
-	sum  hash.Hash
 	next int64 // nothing comes before it any more
-	// begun is up to where the kernel has been told to write to the disk.
-	begun int64
+	// moved counts what was read.
 	moved int64
+
+	sum    hash.Hash
+	begun  int64 // up to where the kernel has been told to write to the disk
+	failed atomic.Bool
+}
+
+// waiting is how many frames may have been read and not written.
+const waiting = 3
+
+// arrived is a frame that was read.
+type arrived struct {
+	off int64
+	raw []byte
 }
 
 // receive reads frames up to the last. Errors: ErrInvalid for what no sender writes, ErrConflict for a wrong checksum.
 func (v *receiver) receive(ctx context.Context, r io.Reader) error {
-	buf := make([]byte, frameBytes+chunkBytes)
-	for {
+	free, full := make(chan []byte, waiting), make(chan arrived, waiting)
+	for range waiting {
+		free <- nil // made when it is needed
+	}
+	written := make(chan error, 1)
+	go func() { written <- v.write(full, free) }()
+	want, err := v.read(ctx, r, full, free)
+	close(full)
+	if werr := <-written; werr != nil {
+		return werr
+	}
+	if err != nil {
+		return err
+	}
+	if got := v.sum.Sum(nil); !bytes.Equal(got, want) {
+		return sandbox.Conflictf("what arrived has checksum %x, what was sent has %x", got, want)
+	}
+	return v.f.Truncate(v.size)
+}
+
+// read hands frames over until the last, and returns the checksum that comes with it.
+func (v *receiver) read(ctx context.Context, r io.Reader, full chan<- arrived, free <-chan []byte) ([]byte, error) {
+	for !v.failed.Load() {
 		if ctx.Err() != nil {
-			return context.Cause(ctx)
+			return nil, context.Cause(ctx)
+		}
+		buf := <-free
+		if buf == nil {
+			buf = make([]byte, frameBytes+chunkBytes)
 		}
 		if _, err := io.ReadFull(r, buf[:frameBytes]); err != nil {
-			return unexpected(err)
+			return nil, unexpected(err)
 		}
 		off, n, err := v.header(buf)
 		if err != nil {
-			return err
+			return nil, err
 		}
+		rest := buf[frameBytes : frameBytes+n]
 		if n == 0 {
-			return v.finish(r)
+			rest = buf[:sha256.Size]
 		}
-		frame := buf[:frameBytes+n]
-		if _, err := io.ReadFull(r, frame[frameBytes:]); err != nil {
-			return unexpected(err)
+		if _, err := io.ReadFull(r, rest); err != nil {
+			return nil, unexpected(err)
 		}
-		_, _ = v.sum.Write(frame) // never fails
-		if _, err := v.f.WriteAt(frame[frameBytes:], off); err != nil {
-			return err
+		v.moved += int64(frameBytes + len(rest))
+		if n == 0 {
+			return rest, nil
 		}
 		v.next = off + int64(n)
-		v.moved += int64(len(frame))
-		if v.next-v.begun >= flushBytes {
-			// What it is worth is speed alone: the flush at the end has less to do.
-			_ = unix.SyncFileRange(int(v.f.Fd()), v.begun, v.next-v.begun, unix.SYNC_FILE_RANGE_WRITE)
-			v.begun = v.next
-		}
+		full <- arrived{off, buf[:frameBytes+n]}
 	}
+	return nil, nil // write says why
+}
+
+// write writes what was read, and goes on taking it after an error.
+func (v *receiver) write(full <-chan arrived, free chan<- []byte) (err error) {
+	for a := range full {
+		if err == nil {
+			if err = v.writeFrame(a); err != nil {
+				v.failed.Store(true)
+			}
+		}
+		free <- a.raw[:cap(a.raw)]
+	}
+	return err
+}
+
+func (v *receiver) writeFrame(a arrived) error {
+	_, _ = v.sum.Write(a.raw) // never fails
+	data := a.raw[frameBytes:]
+	if _, err := v.f.WriteAt(data, a.off); err != nil {
+		return err
+	}
+	if to := a.off + int64(len(data)); to-v.begun >= flushBytes {
+		// What it is worth is speed alone: the flush at the end has less to do.
+		_ = unix.SyncFileRange(int(v.f.Fd()), v.begun, to-v.begun, unix.SYNC_FILE_RANGE_WRITE)
+		v.begun = to
+	}
+	return nil
 }
 
 // header reads a frame's header. The last one has length 0.
@@ -175,19 +236,6 @@ func (v *receiver) header(b []byte) (off int64, n int, err error) {
 		return 0, 0, sandbox.Invalidf("an extent of %d bytes at %d, after %d of %d bytes", l, o, v.next, v.size)
 	}
 	return int64(o), int(l), nil //nolint:gosec // at most size
-}
-
-// finish checks the checksum and gives the file its size.
-func (v *receiver) finish(r io.Reader) error {
-	var want [sha256.Size]byte
-	if _, err := io.ReadFull(r, want[:]); err != nil {
-		return unexpected(err)
-	}
-	v.moved += frameBytes + sha256.Size
-	if got := v.sum.Sum(nil); !bytes.Equal(got, want[:]) {
-		return sandbox.Conflictf("what arrived has checksum %x, what was sent has %x", got, want)
-	}
-	return v.f.Truncate(v.size)
 }
 
 // unexpected says that a stream ended too early, if that is why it cannot be read.
