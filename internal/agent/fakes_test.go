@@ -192,6 +192,7 @@ type fakeServer struct {
 	// before is called with each report and may refuse it, also after it was taken (lost answers).
 	before, after func(*nodev1.ReportRequest) error
 	refuse        error
+	cordoned      bool
 }
 
 func (s *fakeServer) Register(_ context.Context, r *nodev1.RegisterRequest) (*nodev1.RegisterResponse, error) {
@@ -241,7 +242,13 @@ func (s *fakeServer) Report(_ context.Context, r *nodev1.ReportRequest) (*nodev1
 			return nil, err
 		}
 	}
-	return &nodev1.ReportResponse{AcknowledgedSequence: s.acked}, nil
+	return &nodev1.ReportResponse{AcknowledgedSequence: s.acked, Cordoned: s.cordoned}, nil
+}
+
+func (s *fakeServer) cordon(cordoned bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.cordoned = cordoned
 }
 
 // restart imitates a server that forgot its nodes, and perhaps everything.

@@ -189,3 +189,96 @@ func TestOutboxOverflow(t *testing.T) {
 		}
 	})
 }
+
+// TestLocalServer has a second server that is told the same, whether the first is there or not, and that decides nothing.
+func TestLocalServer(t *testing.T) {
+	bubble(t, func(m *machine) {
+		t := m.t
+		var kept []byte
+		m.remember = func(s []byte) error { kept = s; return nil }
+		n := m.boot()
+		n.down()
+		if string(kept) != string(m.server.secret) {
+			t.Fatalf("secret kept: %q", kept)
+		}
+		m.cfg.TokenSecret = kept
+		m.remember = func([]byte) error { t.Error("remembered though it is known"); return nil }
+		m.local = &fakeServer{secret: []byte("of the local server, nobody's")}
+		m.server.mu.Lock()
+		m.server.refuse = errTest
+		m.server.mu.Unlock()
+
+		n = m.boot()
+		id := n.create() // no server was reached in this life
+		if got := m.init(id).AccessToken; got != sandbox.AccessToken(kept, id) {
+			t.Errorf("token: %q", got)
+		}
+		synctest.Wait()
+		if got := m.local.types(id); got != "created started" {
+			t.Errorf("told the local server: %q", got)
+		}
+		if l := n.jour.Ledger(); l.Acknowledged != 0 || l.Sequence != 2 {
+			t.Errorf("the local server's word counts: %+v", l)
+		}
+		m.server.mu.Lock()
+		m.server.refuse = nil
+		m.server.mu.Unlock()
+		pass(10 * time.Second)
+		if got := m.server.types(id); got != "created started" {
+			t.Errorf("told the server: %q", got)
+		}
+		m.local.restart(true)
+		m.check(n.kill(id))
+		pass(10 * time.Second)
+		if l := n.jour.Ledger(); l.Acknowledged != l.Sequence {
+			t.Errorf("ledger: %+v", l)
+		}
+		if a, b := m.server.types(id), m.local.types(id); a != "created started killed" || b != a {
+			t.Errorf("told: %q, %q", a, b)
+		}
+		if got := string(*n.secret.Load()); got != string(kept) {
+			t.Errorf("secret: %q", got)
+		}
+	})
+}
+
+func TestRegistration(t *testing.T) {
+	bubble(t, func(m *machine) {
+		m.cfg.Address, m.cfg.Labels, m.cfg.CPUFeatures = "10.0.0.1:3004", map[string]string{"zone": "a"}, []string{"sse2"}
+		n := m.boot()
+		synctest.Wait()
+		r := m.server.registered
+		if r.GetAddress() != "10.0.0.1:3004" || r.GetLabels()["zone"] != "a" || len(r.GetCpuFeatures()) != 1 || r.GetMachine().GetMilliCpu() == 0 {
+			m.t.Errorf("registered: %v", r)
+		}
+		if l := m.server.lastLoad(); l.GetUsedMemory() <= 0 || l.GetUsedMemory() >= 1 {
+			m.t.Errorf("load: %v", l)
+		}
+		n.down()
+	})
+}
+
+func TestCordonedNodesKeepNothingWarm(t *testing.T) {
+	bubble(t, func(m *machine) {
+		m.cfg.WarmMin, m.cfg.WarmMax = 2, 4
+		n := m.boot()
+		n.create()
+		pass(10 * time.Second)
+		warm := func() int { return n.jour.Ledger().Warm.Sandboxes }
+		if warm() == 0 {
+			m.t.Error("nothing is warm")
+		}
+		m.server.cordon(true)
+		pass(10 * time.Second)
+		if got := warm(); got != 0 {
+			m.t.Errorf("%d are warm on a cordoned node", got)
+		}
+		m.server.cordon(false)
+		pass(10 * time.Second)
+		n.create()
+		pass(10 * time.Second)
+		if warm() == 0 {
+			m.t.Error("nothing is warm again")
+		}
+	})
+}

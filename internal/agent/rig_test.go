@@ -31,6 +31,7 @@ import (
 	"github.com/cloister-dev/cloister/internal/engine"
 	"github.com/cloister-dev/cloister/internal/engine/fake"
 	agentv1 "github.com/cloister-dev/cloister/internal/gen/agent/v1"
+	"github.com/cloister-dev/cloister/internal/gen/node/v1/nodev1connect"
 	"github.com/cloister-dev/cloister/internal/image"
 	"github.com/cloister-dev/cloister/internal/journal"
 	"github.com/cloister-dev/cloister/internal/sandbox"
@@ -81,6 +82,9 @@ type machine struct {
 	bucket bucketStore
 	saves  func(checkpoints) checkpoints
 	logger *slog.Logger
+	// local, if set, is told the same as server; remember takes the token secret.
+	local    *fakeServer
+	remember func([]byte) error
 }
 
 func newMachine(tb testing.TB) *machine {
@@ -130,7 +134,12 @@ func (m *machine) load() *node {
 	if err != nil {
 		m.t.Fatal(err)
 	}
+	var local nodev1connect.NodeServiceClient
+	if m.local != nil {
+		local = m.local
+	}
 	a, err := New(m.cfg, Deps{
+		Local: local, RememberSecret: m.remember,
 		Journal: j, Engine: m.engine(fake.New(m.host)), Network: m.network(m.net), Images: m.files(m.images), Peers: m.peers, Bucket: m.bucket, Snapshots: m.saves(store), Server: m.server,
 		Dial: m.dial, Registerer: prometheus.NewRegistry(), Logger: m.logger,
 	})
