@@ -108,8 +108,8 @@ func (a *app) root() *cobra.Command {
 		a.began = true
 		return nil
 	}
-	root.AddCommand(a.upCommand(), a.downCommand(), a.statusCommand(), a.doctorCommand(), a.sandboxCommand(),
-		a.templateCommand(), a.snapshotCommand(), a.keyCommand(), a.eventCommand(), a.nodeCommand(), a.scheduleCommand(), a.certCommand(), a.benchCommand(), a.versionCommand())
+	root.AddCommand(a.upCommand(), a.joinCommand(), a.leaveCommand(), a.serverCommand(), a.proxyCommand(), a.downCommand(), a.statusCommand(), a.doctorCommand(), a.sandboxCommand(),
+		a.templateCommand(), a.snapshotCommand(), a.keyCommand(), a.tokenCommand(), a.eventCommand(), a.nodeCommand(), a.scheduleCommand(), a.certCommand(), a.benchCommand(), a.versionCommand())
 	root.InitDefaultHelpCmd()
 	root.InitDefaultCompletionCmd("completion") // the argument only says that there is one
 	for _, c := range root.Commands() {

@@ -14,8 +14,8 @@ import (
 )
 
 func (a *app) nodeCommand() *cobra.Command {
-	return group(&cobra.Command{Use: "node", Short: "Look at the machines that run sandboxes, and say what may run there"},
-		a.nodeList(), a.nodeShow(), a.nodeLabel(), a.nodeTaint(), a.nodeCordon(), a.nodeUncordon())
+	return a.nodeRun(group(&cobra.Command{Use: "node", Short: "Run this machine's node, look at all nodes, and say what may run there"},
+		a.nodeList(), a.nodeShow(), a.nodeLabel(), a.nodeTaint(), a.nodeCordon(), a.nodeUncordon()))
 }
 
 func (a *app) nodeList() *cobra.Command {

@@ -35,6 +35,9 @@ func statusTable(w io.Writer, st client.Status) {
 	if st.Ready {
 		ready = "ready"
 	}
+	if st.Member != nil {
+		memberTable(w, st.Member)
+	}
 	row(w, "state", fmt.Sprintf("%s, up %s", ready, strings.TrimSuffix(ago(st.StartedAt), " ago")))
 	row(w, "version", st.Version)
 	row(w, "API", st.APIURL)

@@ -1,18 +1,7 @@
 package cli
 
 import (
-	"context"
-	"encoding/json"
 	"errors"
-	"fmt"
-	"io"
-	"os"
-	"os/exec"
-	"path/filepath"
-	"slices"
-	"strings"
-	"syscall"
-	"time"
 
 	"github.com/spf13/cobra"
 
@@ -20,194 +9,18 @@ import (
 	"github.com/cloister-dev/cloister/internal/daemon"
 )
 
-// eventsFD is where a detached daemon writes its start-up events, as JSON lines, until it is ready.
-const eventsFD = 3
-
-// eventsFlag tells a detached daemon that eventsFD is open. It is for this program's own use.
-const eventsFlag = "start-events"
-
 func (a *app) upCommand() *cobra.Command {
-	var detach, events bool
 	c := &cobra.Command{
 		Use: "up", Short: "Run a whole cluster of one machine", Args: exactly(0, "no arguments"),
 		Example: "  cloister up --detach\n  cloister up --config /etc/cloister.yaml",
 		Long: "Run server, node and proxy on this machine. The first start makes the admin key and builds the template that sandboxes\n" +
-			"start from; each start ends with a sandbox that ran a command. Stopping it leaves sandboxes running; the next start finds them.",
+			"start from; each start ends with a sandbox that ran a command. Stopping it leaves sandboxes running; the next start finds them.\n" +
+			"Other machines join with `cloister token create` here and `cloister join` there.",
 	}
-	c.Flags().BoolVarP(&detach, "detach", "d", false, "return once ready and go on in the background; its log is in the data directory")
-	c.Flags().BoolVar(&events, eventsFlag, false, "write start-up events to file descriptor 3")
-	_ = c.Flags().MarkHidden(eventsFlag) // the flag exists: it was made on the line before
-	config.Flags(c.Flags())
-	c.RunE = func(c *cobra.Command, _ []string) error {
-		cfg, err := config.Load(c.Flags(), a.environ)
-		if err != nil {
-			return &usageError{err}
+	return a.starts(c, func(cfg *config.Config) (daemon.Roles, error) {
+		if cfg.ProxyAddr == "" {
+			return daemon.Roles{}, &usageError{errors.New("proxy-addr is empty: `cloister up` runs a proxy; `cloister server` runs without one")}
 		}
-		if os.Geteuid() != 0 {
-			return errors.New("`cloister up` makes network namespaces and cgroups: run it as root (sudo cloister up)")
-		}
-		if detach && !events {
-			return a.upDetached(c.Context(), cfg)
-		}
-		show := a.showStart
-		if events {
-			pipe := os.NewFile(eventsFD, "start events")
-			syscall.CloseOnExec(eventsFD)
-			show = func() func(daemon.Event) { return sendEvents(pipe) }
-		}
-		return daemon.Run(c.Context(), cfg, daemon.Options{
-			Version: version, LogTo: a.err, Notify: show(),
-			Reload: func() (*config.Config, error) { return config.Load(c.Flags(), a.environ) },
-		})
-	}
-	return c
-}
-
-// sendEvents writes events for the process that waits for the daemon; that one may go away at any time.
-func sendEvents(pipe *os.File) func(daemon.Event) {
-	enc := json.NewEncoder(pipe)
-	return func(e daemon.Event) {
-		_ = enc.Encode(e) // nobody reads any more: nothing to tell
-		if e.Ready != nil {
-			_ = pipe.Close()
-		}
-	}
-}
-
-// showStart renders start-up events for a person.
-func (a *app) showStart() func(daemon.Event) {
-	show := newProgress(a.err)
-	return func(e daemon.Event) {
-		if e.Step != "" {
-			show.update(e.Step, e.Fraction)
-		}
-		if e.Message != "" {
-			show.line(e.Message)
-		}
-		if e.Ready != nil {
-			show.end()
-			a.banner(e.Ready)
-		}
-	}
-}
-
-// banner prints what to paste; the key itself only on the start that made it.
-func (a *app) banner(r *daemon.Ready) {
-	if a.output == "json" {
-		_ = json.NewEncoder(a.out).Encode(r) // a closed standard output is no reason to stop
-		return
-	}
-	var b strings.Builder
-	if r.NoRoom == "" {
-		fmt.Fprintf(&b, "\nCloister is ready (%s): sandbox %s ran `%s` and said %q.\n\n", r.Took.Round(time.Millisecond), r.Sandbox, r.Command, r.Output)
-	} else {
-		fmt.Fprintf(&b, "\nCloister runs (%s), but there is no room for another sandbox: %s.\n\n", r.Took.Round(time.Millisecond), r.NoRoom)
-	}
-	b.WriteString("Point the E2B SDK or CLI at it:\n\n")
-	fmt.Fprintf(&b, "  export E2B_API_URL=%s\n  export E2B_SANDBOX_URL=%s\n", r.APIURL, r.ProxyURL)
-	if r.AdminKey != "" {
-		fmt.Fprintf(&b, "  export E2B_API_KEY=%s\n\n", r.AdminKey)
-		fmt.Fprintf(&b, "The key is shown this once; it is also in %s (mode 0600).\n", r.KeyFile)
-	} else {
-		fmt.Fprintf(&b, "  export E2B_API_KEY=$(cat %s)\n\n", r.KeyFile)
-	}
-	b.WriteString("On this machine, as root: cloister status; cloister sandbox create; cloister sandbox shell ID\n")
-	_, _ = io.WriteString(a.out, b.String())
-}
-
-// upDetached starts the daemon in a session of its own and waits until it is ready or has failed.
-func (a *app) upDetached(ctx context.Context, cfg *config.Config) error {
-	if h, held := daemon.HolderOf(cfg.DataDir); held {
-		return fmt.Errorf("data directory %s is in use by process %d since %s; `cloister down --data-dir %s` stops it",
-			cfg.DataDir, h.PID, h.Since.Local().Format(time.DateTime), cfg.DataDir)
-	}
-	log, err := openLog(cfg.DataDir)
-	if err != nil {
-		return err
-	}
-	defer func() { _ = log.Close() }()
-	events, theirs, err := os.Pipe()
-	if err != nil {
-		return fmt.Errorf("make pipe: %w", err)
-	}
-	defer func() { _ = events.Close() }()
-	exe, err := os.Executable()
-	if err != nil {
-		return fmt.Errorf("find this program: %w", err)
-	}
-	cmd := exec.Command(exe, detachedArgs(a.args)...) //nolint:gosec,noctx // this program itself; it outlives this command
-	cmd.Stdout, cmd.Stderr = log, log
-	cmd.ExtraFiles = []*os.File{theirs}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	if err := cmd.Start(); err != nil {
-		return fmt.Errorf("start daemon: %w", err)
-	}
-	_ = theirs.Close() // ours; the daemon holds its own
-	stop := context.AfterFunc(ctx, func() { _ = cmd.Process.Signal(syscall.SIGTERM) })
-	defer stop()
-	if a.follow(events) {
-		return cmd.Process.Release()
-	}
-	err = cmd.Wait()
-	if ctx.Err() != nil {
-		return errors.New("interrupted: the daemon was stopped again")
-	}
-	return fmt.Errorf("the daemon ended before it was ready (%w); the last lines of %s:\n%s", err, log.Name(), tail(log.Name()))
-}
-
-// detachedArgs are this call's arguments for the daemon that it starts.
-func detachedArgs(args []string) []string {
-	out := slices.DeleteFunc(slices.Clone(args), func(s string) bool {
-		return s == "--detach" || s == "-d" || strings.HasPrefix(s, "--detach=")
+		return daemon.Roles{Server: true, Node: true, Proxy: true}, nil
 	})
-	return append(out, "--"+eventsFlag)
-}
-
-// follow shows the daemon's events and reports whether it became ready.
-func (a *app) follow(events io.Reader) bool {
-	show := a.showStart()
-	for dec := json.NewDecoder(events); ; {
-		var e daemon.Event
-		if dec.Decode(&e) != nil {
-			return false
-		}
-		show(e)
-		if e.Ready != nil {
-			return true
-		}
-	}
-}
-
-// maxLog is when a new start puts the daemon's log aside, in bytes.
-const maxLog = 32 << 20
-
-func openLog(dir string) (*os.File, error) {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return nil, fmt.Errorf("make data directory: %w", err)
-	}
-	name := filepath.Join(dir, "cloister.log")
-	if info, err := os.Stat(name); err == nil && info.Size() > maxLog {
-		if err := os.Rename(name, name+".1"); err != nil {
-			return nil, fmt.Errorf("put log aside: %w", err)
-		}
-	}
-	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600) //nolint:gosec // the user names the directory
-	if err != nil {
-		return nil, fmt.Errorf("open log: %w", err)
-	}
-	return f, nil
-}
-
-// tail returns the last lines of a log.
-func tail(name string) string {
-	const most = 4 << 10
-	text, err := os.ReadFile(name) //nolint:gosec // our own log
-	if err != nil {
-		return err.Error()
-	}
-	if len(text) > most {
-		text = text[len(text)-most:]
-	}
-	lines := strings.Split(strings.TrimSpace(string(text)), "\n")
-	return strings.Join(lines[max(len(lines)-10, 0):], "\n")
 }

@@ -33,6 +33,21 @@ type Status struct {
 	Templates int            `json:"templates"`
 	Capacity  Resources      `json:"capacity"`
 	Allocated Resources      `json:"allocated"`
+	// Member is set on a machine that joined a cluster: everything else is then of that machine alone.
+	Member *Member `json:"member,omitempty"`
+}
+
+// Member is what a machine is that joined a cluster.
+type Member struct {
+	Role      string `json:"role"`
+	ID        string `json:"id"`
+	Name      string `json:"name"`
+	ClusterID string `json:"cluster_id"`
+	// Servers are HOST:PORT of each; Connected means that one of them is reached now.
+	Servers   []string `json:"servers"`
+	Connected bool     `json:"connected"`
+	// CertificateExpiresAt is the end of the machine's certificate, unless it is renewed.
+	CertificateExpiresAt time.Time `json:"certificate_expires_at"`
 }
 
 // Node is one entry of GET /v1/nodes.

@@ -41,3 +41,14 @@ func ClientFromEnvironment(environ []string) Client {
 	}
 	return c
 }
+
+// JoinToken returns the join token of the environment, CLOISTER_JOIN_TOKEN, or "".
+func JoinToken(environ []string) string {
+	token := ""
+	for _, kv := range environ {
+		if v, ok := strings.CutPrefix(kv, "CLOISTER_JOIN_TOKEN="); ok {
+			token = v
+		}
+	}
+	return token
+}

@@ -15,6 +15,20 @@ type About struct {
 	ProxyURL string
 	// Ready reports whether the whole process serves; nil leaves that to the nodes.
 	Ready func() bool
+	// Member says what this machine is, where it joined a cluster; nil where it is a server.
+	Member func() Membership
+}
+
+// Membership is what a machine is that joined a cluster.
+type Membership struct {
+	sandbox.Member
+	Name      string
+	ClusterID string
+	// Servers are HOST:PORT of each; Connected means that one of them is reached now.
+	Servers   []string
+	Connected bool
+	// ExpiresAt is the end of the machine's certificate, unless it is renewed.
+	ExpiresAt time.Time
 }
 
 // Status is the cluster at one glance.

@@ -20,24 +20,84 @@ import (
 	"github.com/cloister-dev/cloister/internal/store"
 )
 
-// bootstrap brings a started daemon to the point where a sandbox has run a command, and then says that it is ready.
+// bootstrap brings a started daemon to the point where its roles work, and then says that it is ready: where server and
+// node are in one process, a sandbox has run a command by then.
 func (d *daemon) bootstrap(ctx context.Context) error {
+	if d.server == nil {
+		return d.bootstrapMember(ctx)
+	}
 	key, err := d.ensureAdminKey(ctx)
 	if err != nil {
 		return err
+	}
+	ready := Ready{APIURL: d.cfg.PublicAPIURL, ProxyURL: d.cfg.PublicProxyURL, KeyFile: d.path("admin.key"), AdminKey: key}
+	if d.node == nil {
+		d.tellReady(&ready)
+		return d.prepareTemplate(ctx)
 	}
 	if err := d.ensureTemplate(ctx); err != nil {
 		return err
 	}
 	d.notify(Event{Step: "trying a sandbox", Fraction: 1})
-	ready := Ready{APIURL: d.cfg.PublicAPIURL, ProxyURL: d.cfg.PublicProxyURL, KeyFile: d.path("admin.key"), AdminKey: key}
 	if err := d.trySandbox(ctx, &ready); err != nil {
 		return err
 	}
-	d.ready.Store(true)
-	ready.Took = time.Since(d.begun)
-	d.notify(Event{Ready: &ready})
+	d.tellReady(&ready)
 	return nil
+}
+
+func (d *daemon) tellReady(r *Ready) {
+	d.ready.Store(true)
+	r.Took = time.Since(d.begun)
+	d.notify(Event{Ready: r})
+}
+
+// reachTimeout is how long a machine that joined waits for its server before it counts as ready by itself.
+const reachTimeout = 10 * time.Second
+
+// bootstrapMember waits until the server knows what the node runs, or the proxy has the routing table. Without a server both
+// go on with what they have.
+func (d *daemon) bootstrapMember(ctx context.Context) error {
+	d.notify(Event{Step: "reaching the server", Fraction: 0.5})
+	wait, cancel := context.WithTimeout(ctx, reachTimeout)
+	defer cancel()
+	if d.node != nil {
+		_ = d.node.uplink.wait(wait) // goes on without
+	} else {
+		d.proxy.wait(wait)
+	}
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	st := d.ownStatus()
+	d.tellReady(&Ready{ProxyURL: st.ProxyURL, Member: st.Member})
+	return nil
+}
+
+// firstNodeEvery is how often a server without a node looks for the first one, and templatePause how long it waits after a
+// build that failed.
+const (
+	firstNodeEvery = time.Second
+	templatePause  = time.Minute
+)
+
+// prepareTemplate has the default template built as soon as a node has joined that can do it.
+func (d *daemon) prepareTemplate(ctx context.Context) error {
+	for sleepUntil(ctx, time.Now().Add(firstNodeEvery)) {
+		st, err := d.server.control.Status(ctx)
+		if err != nil || st.Nodes[sandbox.NodeReady] == 0 {
+			continue
+		}
+		if err = d.ensureTemplate(ctx); err == nil {
+			return nil
+		}
+		if ctx.Err() != nil {
+			break
+		}
+		d.log.ErrorContext(ctx, "the default template was not made; trying again", slog.Duration("in", templatePause), slog.Any("err", err))
+		sleepUntil(ctx, time.Now().Add(templatePause))
+	}
+	return ctx.Err()
 }
 
 // ensureAdminKey makes the admin key on the first start, and returns it only then.

@@ -1,10 +1,17 @@
 // Package daemon puts the parts together: it builds the roles of this process, starts them, and stops them in order.
 //
-// It owns the data directory, the listeners and the adapters between packages that do not know each other, and decides
-// nothing about sandboxes. Run owns every goroutine; a part that ends by itself ends the whole.
+// It owns the data directory, the listeners, the identity of a machine that joined, and the adapters between packages that
+// do not know each other, and decides nothing about sandboxes. Run owns every goroutine; a part that ends by itself ends
+// the whole.
 //
-// Start: lock, storage, store, node, server, listeners, loops, first template, a sandbox that runs a command, ready.
-// Stop: listeners (requests under way finish), loops, node, server, store, lock. Sandboxes go on
+// A process has one or more roles, each a struct with its parts: serverRole (server.go), nodeRole (node.go), proxyRole
+// (proxy.go). Roles in one process call each other directly. Beside them there is, with a server, clusterRole (cluster.go):
+// the port that members come in by; and without one memberRole (member.go): the link to the server, and the certificate.
+// A node without a server answers its own socket by itself (alone.go).
+//
+// Start: lock, storage, store, server, link, node, proxy, listeners; then loops, in that order; then, with a server and a
+// node, first template and a sandbox that runs a command; ready.
+// Stop: listeners (requests under way finish), loops, proxy, node, link, server, store, lock. Sandboxes go on
 // running, and their storage stays mounted.
 package daemon
 
@@ -24,12 +31,15 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/cloister-dev/cloister/internal/config"
+	"github.com/cloister-dev/cloister/internal/sandbox"
 	"github.com/cloister-dev/cloister/internal/telemetry"
 )
 
 // Options are what the caller of Run brings besides the settings.
 type Options struct {
 	Version string
+	// Roles are the parts that run.
+	Roles Roles
 	// LogTo takes the log.
 	LogTo io.Writer
 	// Notify is told how the start goes on, by one goroutine at a time; nil tells nobody.
@@ -38,9 +48,24 @@ type Options struct {
 	Reload func() (*config.Config, error)
 }
 
-// daemon is one running `cloister up`.
+// Roles says which parts run in a process. Without Server it is a machine that joined a cluster, as a node or a proxy.
+type Roles struct{ Server, Node, Proxy bool }
+
+// joined returns what a machine without a server is.
+func (r Roles) joined() (role sandbox.Role, ok bool) {
+	switch {
+	case r.Server:
+		return "", false
+	case r.Node:
+		return sandbox.RoleNode, true
+	}
+	return sandbox.RoleProxy, true
+}
+
+// daemon is one running process.
 type daemon struct {
 	cfg     *config.Config
+	roles   Roles
 	version string
 	log     *slog.Logger
 	notify  func(Event)
@@ -50,15 +75,21 @@ type daemon struct {
 	metrics *prometheus.Registry
 	held    *lock
 
-	server *serverRole
-	node   *nodeRole
-	fronts []*front
+	// What is not in this process is nil.
+	server  *serverRole
+	cluster *clusterRole
+	member  *memberRole
+	node    *nodeRole
+	proxy   *proxyRole
+	fronts  []*front
+	// admin is what the unix socket answers, traffic what it answers for sandboxes.
+	admin, traffic http.Handler
 	// closers undo what was opened, last first.
 	closers []func() error
 }
 
-// Run runs every role on this machine until ctx ends. Sandboxes outlive it. Errors: ErrConflict when the data directory
-// is in use.
+// Run runs the roles on this machine until ctx ends. Sandboxes outlive it. Errors: ErrConflict when the data directory
+// is in use, or is one of another role.
 func Run(ctx context.Context, cfg *config.Config, opt Options) (err error) {
 	held, err := acquire(ctx, cfg.DataDir, opt.Version)
 	if err != nil {
@@ -95,23 +126,33 @@ func newDaemon(cfg *config.Config, opt Options) (*daemon, error) {
 		opt.Notify = func(Event) {}
 	}
 	return &daemon{
-		cfg: cfg, version: opt.Version, log: log, notify: opt.Notify, reload: opt.Reload, begun: time.Now(), metrics: telemetry.NewRegistry(),
+		cfg: cfg, roles: opt.Roles, version: opt.Version, log: log, notify: opt.Notify, reload: opt.Reload, begun: time.Now(), metrics: telemetry.NewRegistry(),
 	}, nil
 }
 
 // build makes every part, so that a wrong setting or a taken port is told before anything runs.
 func (d *daemon) build(ctx context.Context) error {
 	d.notify(Event{Step: "starting", Fraction: 0})
-	if err := d.openStorage(ctx); err != nil {
-		return err
+	for _, part := range []struct {
+		wanted bool
+		build  func(context.Context) error
+	}{
+		{d.roles.Node, d.openStorage},
+		{d.roles.Server, d.buildServer},
+		{!d.roles.Server, d.buildMember},
+		{d.roles.Server, d.buildCluster},
+		{d.roles.Node, d.buildNode},
+		{d.roles.Proxy, d.buildProxy},
+		{true, d.buildFronts},
+	} {
+		if !part.wanted {
+			continue
+		}
+		if err := part.build(ctx); err != nil {
+			return err
+		}
 	}
-	if err := d.buildServer(ctx); err != nil {
-		return err
-	}
-	if err := d.buildNode(ctx); err != nil {
-		return err
-	}
-	return d.buildFronts(ctx)
+	return nil
 }
 
 // serve runs every part until ctx ends or one of them fails.
@@ -120,19 +161,15 @@ func (d *daemon) serve(ctx context.Context) error {
 	loopCtx, stopLoops := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopLoops()
 	loops, loopCtx := errgroup.WithContext(loopCtx)
-	d.server.start(loopCtx, loops)
-	if err := d.node.start(loopCtx, loops); err != nil {
+	if err := d.startLoops(loopCtx, loops); err != nil {
 		stopLoops()
 		return errors.Join(err, loops.Wait())
 	}
-	loops.Go(func() error { return d.followRoom(loopCtx) })
-	loops.Go(func() error { d.followReloads(loopCtx); return nil })
 	frontCtx, stopFronts := context.WithCancel(ctx)
 	defer stopFronts()
 	fronts, frontCtx := errgroup.WithContext(frontCtx)
 	context.AfterFunc(loopCtx, stopFronts)
-	// Clients wait in the listeners' queues until the server knows what runs.
-	err := d.node.uplink.wait(frontCtx)
+	err := d.awaitNode(frontCtx)
 	if err == nil {
 		for _, f := range d.fronts {
 			fronts.Go(func() error { return f.run(frontCtx, d.cfg.ShutdownGrace) })
@@ -151,6 +188,37 @@ func (d *daemon) serve(ctx context.Context) error {
 	return err
 }
 
+// startLoops starts what runs besides the listeners.
+func (d *daemon) startLoops(ctx context.Context, loops *errgroup.Group) error {
+	if d.server != nil {
+		d.server.start(ctx, loops)
+		d.cluster.start(ctx, loops)
+		loops.Go(func() error { d.followReloads(ctx); return nil })
+	}
+	if d.node != nil {
+		if err := d.node.start(ctx, loops); err != nil {
+			return err
+		}
+		loops.Go(func() error { return d.followRoom(ctx) })
+	}
+	if d.member != nil {
+		d.member.start(ctx, loops)
+	}
+	if d.proxy != nil {
+		d.proxy.start(ctx, loops)
+	}
+	return nil
+}
+
+// awaitNode waits, where server and node are in one process, until the server knows what runs: clients wait in the
+// listeners' queues. A node whose server is elsewhere answers for itself meanwhile.
+func (d *daemon) awaitNode(ctx context.Context) error {
+	if d.server == nil || d.node == nil {
+		return nil
+	}
+	return d.node.uplink.wait(ctx)
+}
+
 // close undoes what build opened, in reverse.
 func (d *daemon) close() error {
 	var errs []error
@@ -162,12 +230,4 @@ func (d *daemon) close() error {
 
 func (d *daemon) path(elem ...string) string {
 	return filepath.Join(append([]string{d.cfg.DataDir}, elem...)...)
-}
-
-// local joins the API and the proxy by path, for the unix socket: whoever may open it is admin.
-func local(api, proxy http.Handler) http.Handler {
-	mux := http.NewServeMux()
-	mux.Handle("/sandbox/", proxy)
-	mux.Handle("/", api)
-	return mux
 }

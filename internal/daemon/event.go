@@ -1,6 +1,10 @@
 package daemon
 
-import "time"
+import (
+	"time"
+
+	"github.com/cloister-dev/cloister/internal/client"
+)
 
 // Event is one thing to tell whoever started the daemon, until it is ready.
 type Event struct {
@@ -25,6 +29,8 @@ type Ready struct {
 	Command string `json:"command"`
 	Output  string `json:"output"`
 	// NoRoom says why no sandbox was tried, where the machine is full.
-	NoRoom string        `json:"no_room,omitempty"`
-	Took   time.Duration `json:"took_ns"`
+	NoRoom string `json:"no_room,omitempty"`
+	// Member is set on a machine that joined a cluster; everything above but ProxyURL is then empty.
+	Member *client.Member `json:"member,omitempty"`
+	Took   time.Duration  `json:"took_ns"`
 }

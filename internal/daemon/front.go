@@ -12,38 +12,40 @@ import (
 
 	"github.com/cloister-dev/cloister/internal/api"
 	"github.com/cloister-dev/cloister/internal/config"
-	"github.com/cloister-dev/cloister/internal/control"
 	"github.com/cloister-dev/cloister/internal/guestnet"
 	"github.com/cloister-dev/cloister/internal/proxy"
-	"github.com/cloister-dev/cloister/internal/sandbox"
 	"github.com/cloister-dev/cloister/internal/telemetry"
 )
 
-// buildFronts opens every listener and gives each its handler.
+// buildFronts opens every listener and gives each its handler. A machine that joined answers the API on its socket only.
 func (d *daemon) buildFronts(ctx context.Context) error {
 	tlsConfig, err := d.tlsConfig()
 	if err != nil {
 		return err
 	}
-	px, err := proxy.New(proxy.Config{
-		Router: routes{d.server.control}, Dialer: d.node.agent, Signatures: routes{d.server.control}, Domain: d.cfg.Domain,
-		PublicHosts: publicHosts(d.cfg), Logger: d.log, Registerer: d.metrics,
-	})
-	if err != nil {
-		return fmt.Errorf("build proxy: %w", err)
+	var traffic http.Handler = http.NotFoundHandler()
+	if d.proxy != nil {
+		traffic = telemetry.Traced(d.proxy.handler, func(r *http.Request) string { return "proxy " + r.Method })
 	}
-	handler := telemetry.Traced(d.apiHandler(), func(r *http.Request) string { return "api " + r.Method })
-	traffic := telemetry.Traced(px, func(r *http.Request) string { return "proxy " + r.Method })
-	asAdmin := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		handler.ServeHTTP(w, r.WithContext(api.WithLocalAdmin(r.Context())))
-	})
-	if err := d.open(ctx, "api-addr", d.cfg.APIAddr, handler, tlsConfig); err != nil {
-		return err
+	if d.server != nil {
+		handler := telemetry.Traced(d.apiHandler(), func(r *http.Request) string { return "api " + r.Method })
+		if err := d.open(ctx, "api-addr", d.cfg.APIAddr, handler, tlsConfig); err != nil {
+			return err
+		}
+		d.admin, traffic = asAdmin(handler), apiByName(d.cfg.Domain, handler, traffic)
 	}
-	if err := d.open(ctx, "proxy-addr", d.cfg.ProxyAddr, apiByName(d.cfg.Domain, handler, traffic), tlsConfig); err != nil {
-		return err
+	if d.proxy != nil {
+		if err := d.open(ctx, "proxy-addr", d.cfg.ProxyAddr, traffic, tlsConfig); err != nil {
+			return err
+		}
+		d.fronts[len(d.fronts)-1].cut = d.proxy.handler.Close
 	}
-	d.fronts[len(d.fronts)-1].cut = px.Close
+	if d.server == nil {
+		d.admin = http.HandlerFunc(d.answerStatus)
+		if d.node != nil {
+			d.admin, d.traffic = asAdmin(d.node.alone), http.HandlerFunc(d.node.alone.serveTraffic)
+		}
+	}
 	if d.cfg.DebugAddr != "" {
 		if err := d.open(ctx, "debug-addr", d.cfg.DebugAddr, telemetry.DebugHandler(d.metrics), nil); err != nil {
 			return err
@@ -53,8 +55,28 @@ func (d *daemon) buildFronts(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	d.addFront(newFront("socket", l, local(asAdmin, px), nil))
+	d.addFront(newFront("socket", l, d.socketHandler(), nil))
 	return nil
+}
+
+// socketHandler is what the unix socket answers: whoever may open it is admin.
+func (d *daemon) socketHandler() http.Handler {
+	mux := http.NewServeMux()
+	mux.Handle("/", d.admin)
+	if d.member != nil {
+		mux.HandleFunc("POST "+leavePath, d.serveLeave)
+	}
+	if d.traffic != nil {
+		mux.Handle("/sandbox/", d.traffic)
+	}
+	return mux
+}
+
+// asAdmin lets whoever reaches it do everything.
+func asAdmin(h http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		h.ServeHTTP(w, r.WithContext(api.WithLocalAdmin(r.Context())))
+	})
 }
 
 // apiByName gives requests for api.<domain>, where clients look for the API that know the domain alone, to the API also
@@ -123,25 +145,6 @@ func publicHosts(cfg *config.Config) []string {
 		return nil
 	}
 	return []string{u.Hostname()}
-}
-
-// routes answers the proxy's questions from the server's index.
-type routes struct{ control *control.Control }
-
-// Route returns what is known of a sandbox.
-func (r routes) Route(ctx context.Context, id sandbox.ID) (proxy.Route, error) {
-	at, err := r.control.Route(ctx, id)
-	if err != nil {
-		return proxy.Route{}, err
-	}
-	return proxy.Route{ID: id, State: at.State, Reason: at.Reason, Generation: at.Generation}, nil
-}
-
-// SandboxBySignature returns the sandbox whose token made the signature.
-//
-//nolint:revive // the parts of a signed address, as the proxy asks for them
-func (r routes) SandboxBySignature(ctx context.Context, path, op, user, signature, expiration string) (sandbox.ID, error) {
-	return r.control.SandboxBySignature(ctx, control.Signed{Path: path, Operation: op, User: user, Signature: signature, Expiration: expiration})
 }
 
 // lastResort are the name servers of sandboxes on a machine that names none that they could reach.

@@ -4,6 +4,9 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"maps"
+	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -16,10 +19,13 @@ import (
 	"github.com/cloister-dev/cloister/internal/config"
 	"github.com/cloister-dev/cloister/internal/engine/gvisor"
 	"github.com/cloister-dev/cloister/internal/engine/gvisor/sentry"
+	"github.com/cloister-dev/cloister/internal/gen/agent/v1/agentv1connect"
+	"github.com/cloister-dev/cloister/internal/gen/node/v1/nodev1connect"
 	"github.com/cloister-dev/cloister/internal/guest/binary"
 	"github.com/cloister-dev/cloister/internal/guestnet"
 	"github.com/cloister-dev/cloister/internal/image"
 	"github.com/cloister-dev/cloister/internal/journal"
+	"github.com/cloister-dev/cloister/internal/link"
 	"github.com/cloister-dev/cloister/internal/sandbox"
 	"github.com/cloister-dev/cloister/internal/snapshot"
 )
@@ -31,6 +37,10 @@ type nodeRole struct {
 	network *guestnet.Manager
 	agent   *agent.Agent
 	uplink  *uplink
+	// alone answers for the node itself; nil where the server is in the same process.
+	alone *alone
+	// commands and artifacts are what others reach of the node.
+	commands, artifacts http.Handler
 }
 
 func (d *daemon) buildNode(ctx context.Context) error {
@@ -41,13 +51,10 @@ func (d *daemon) buildNode(ctx context.Context) error {
 	if err := os.MkdirAll(d.path("node", "scratch"), 0o700); err != nil {
 		return fmt.Errorf("make scratch directory: %w", err)
 	}
-	jr, err := journal.Open(ctx, journalPath(d.cfg.DataDir), journal.Options{
-		Capacity: capacity, MaxSandboxes: d.cfg.MaxSandboxes, NodeID: d.held.holder.Node,
-	})
+	jr, err := d.openJournal(ctx, capacity)
 	if err != nil {
-		return fmt.Errorf("open journal: %w", err)
+		return err
 	}
-	d.closers = append(d.closers, jr.Close)
 	parts, err := d.nodeParts(jr.NodeID(), memory)
 	if err != nil {
 		return err
@@ -61,19 +68,74 @@ func (d *daemon) buildNode(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("open checkpoints: %w", err)
 	}
-	parts.journal, parts.uplink = jr, newUplink(d.server.control)
-	parts.agent, err = agent.New(d.agentConfig(capacity), agent.Deps{
-		Journal: jr, Engine: parts.engine, Network: parts.network, Images: images, Snapshots: saves, Server: parts.uplink,
+	parts.journal = jr
+	deps := agent.Deps{
+		Journal: jr, Engine: parts.engine, Network: parts.network, Images: images, Snapshots: saves,
 		Registerer: d.metrics, Logger: d.log,
-	})
-	if err != nil {
-		return fmt.Errorf("build node: %w", err)
 	}
-	d.node = parts
-	if err := d.held.nameNode(jr.NodeID()); err != nil {
+	cfg := d.agentConfig(capacity)
+	if err := d.connectNode(ctx, parts, &cfg, &deps); err != nil {
 		return err
 	}
-	d.server.fleet.id, d.server.fleet.agent = jr.NodeID(), parts.agent
+	if parts.agent, err = agent.New(cfg, deps); err != nil {
+		return fmt.Errorf("build node: %w", err)
+	}
+	_, parts.commands = agentv1connect.NewAgentServiceHandler(parts.agent)
+	parts.artifacts = parts.agent.Artifacts()
+	d.node = parts
+	if d.server != nil {
+		d.server.fleet.local = parts
+		d.cluster.addLocal(parts)
+	}
+	return d.held.nameNode(jr.NodeID())
+}
+
+// openJournal opens the node's journal; the node of a machine that joined has the member's id.
+func (d *daemon) openJournal(ctx context.Context, capacity sandbox.Resources) (*journal.Journal, error) {
+	known := d.held.holder.Node
+	if d.member != nil {
+		known = sandbox.NodeID(d.member.identity.Member().ID)
+	}
+	jr, err := journal.Open(ctx, journalPath(d.cfg.DataDir), journal.Options{Capacity: capacity, MaxSandboxes: d.cfg.MaxSandboxes, NodeID: known})
+	if err != nil {
+		return nil, fmt.Errorf("open journal: %w", err)
+	}
+	d.closers = append(d.closers, jr.Close)
+	if d.member != nil && jr.NodeID() != known {
+		return nil, sandbox.Conflictf("the journal in %s is that of node %s, and this machine joined as %s: `cloister leave --force` clears both; then join again",
+			d.path("node"), jr.NodeID(), known)
+	}
+	return jr, nil
+}
+
+// connectNode gives the node its way to a server: in this process, or over the link.
+func (d *daemon) connectNode(ctx context.Context, parts *nodeRole, cfg *agent.Config, deps *agent.Deps) error {
+	if d.member == nil {
+		parts.uplink = newUplink(d.server.control)
+		deps.Server = parts.uplink
+		return nil
+	}
+	m := d.member
+	parts.uplink = newUplink(nodev1connect.NewNodeServiceClient(m.link.HTTPClient(), link.BaseURL))
+	deps.Server, deps.Peers = parts.uplink, m
+	cfg.Name, cfg.Address = m.choices.Name, m.advertise
+	cfg.Labels = maps.Clone(m.choices.Labels)
+	set, err := d.cfg.Labels()
+	if err != nil {
+		return err
+	}
+	for k, v := range set {
+		if cfg.Labels == nil {
+			cfg.Labels = make(map[string]string)
+		}
+		cfg.Labels[k] = v
+	}
+	parts.alone, err = d.newAlone(ctx, parts)
+	if err != nil {
+		return err
+	}
+	cfg.TokenSecret = parts.alone.secret
+	deps.Local, deps.RememberSecret = parts.alone, parts.alone.remember
 	return nil
 }
 
@@ -161,6 +223,9 @@ func capacityOf(cfg *config.Config) (sandbox.Resources, int64, error) {
 
 // start brings back what an earlier process left running, then runs the node's loops.
 func (n *nodeRole) start(ctx context.Context, loops *errgroup.Group) error {
+	if n.alone != nil {
+		n.alone.start(ctx, loops)
+	}
 	if err := n.agent.Recover(ctx); err != nil {
 		return fmt.Errorf("recover node: %w", err)
 	}
@@ -193,3 +258,16 @@ func (d *daemon) followRoom(ctx context.Context) error {
 }
 
 func journalPath(dataDir string) string { return filepath.Join(dataDir, "node", "journal.db") }
+
+// dialFor connects to a port of a sandbox for another member.
+func (n *nodeRole) dialFor(ctx context.Context, _ sandbox.Member, id sandbox.ID, port uint16) (net.Conn, error) {
+	return n.agent.DialGuest(ctx, id, port)
+}
+
+// DialGuest connects to a port of a sandbox, for the node's own API.
+func (n *nodeRole) DialGuest(ctx context.Context, node sandbox.NodeID, id sandbox.ID, port uint16) (net.Conn, error) {
+	if node != n.agent.NodeID() {
+		return nil, sandbox.NotFoundf("sandbox %s is on node %s, this is %s: ask a server", id, node, n.agent.NodeID())
+	}
+	return n.agent.DialGuest(ctx, id, port)
+}

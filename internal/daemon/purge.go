@@ -14,7 +14,7 @@ import (
 
 // owned are the entries of a data directory that are Cloister's; whatever else somebody put there stays.
 func owned() []string {
-	return []string{"node", "server", "cache", "tls", "admin.key", "admin.key.new", "cloister.sock", "cloister.log", "cloister.log.1"}
+	return []string{"node", "server", identityDir, "cache", "tls", "admin.key", "admin.key.new", "cloister.sock", "cloister.log", "cloister.log.1"}
 }
 
 // Purge ends every sandbox of the data directory and removes everything that Cloister owns there and on the machine.

@@ -8,7 +8,6 @@ import (
 
 	"github.com/cloister-dev/cloister/internal/auth"
 	"github.com/cloister-dev/cloister/internal/control"
-	"github.com/cloister-dev/cloister/internal/gen/agent/v1/agentv1connect"
 	"github.com/cloister-dev/cloister/internal/history"
 	"github.com/cloister-dev/cloister/internal/sandbox"
 	"github.com/cloister-dev/cloister/internal/store"
@@ -19,10 +18,13 @@ type serverRole struct {
 	store   *store.Store
 	history *history.History
 	control *control.Control
-	fleet   *localFleet
+	fleet   *fleet
 }
 
 func (d *daemon) buildServer(ctx context.Context) error {
+	if err := refuseMember(d.cfg.DataDir); err != nil {
+		return err
+	}
 	st, err := store.Open(ctx, store.Config{Dir: d.path("server", "store"), Logger: d.log})
 	if err != nil {
 		return fmt.Errorf("open store: %w", err)
@@ -35,19 +37,27 @@ func (d *daemon) buildServer(ctx context.Context) error {
 		return fmt.Errorf("open history: %w", err)
 	}
 	d.closers = append(d.closers, hist.Close)
+	if d.cluster, err = d.newCluster(ctx, st); err != nil {
+		return err
+	}
 	policy, err := schedulerPolicy(d.cfg)
 	if err != nil {
 		return err
 	}
-	fleet := &localFleet{}
+	fleet := &fleet{}
 	ctl, err := control.New(ctx, control.Config{
-		Agents: fleet, Templates: st, Nodes: st, Settings: st, Policies: st, Secrets: st, Keys: keyring{st}, History: events{hist}, Log: d.log,
+		Agents: fleet, Templates: st, Nodes: st, Settings: st, Policies: st,
+		Placements: st, Replicas: st, Intents: st, Pins: st, Secrets: st, Keys: keyring{st}, History: events{hist}, Log: d.log,
 		Limits: control.Limits{
-			MaxTimeout:       d.cfg.MaxTimeout,
-			DefaultResources: d.defaultResources(),
-			SuspectAfter:     d.cfg.SuspectAfter(),
-			DownAfter:        d.cfg.NodeDownAfter,
+			MaxTimeout:        d.cfg.MaxTimeout,
+			DefaultResources:  d.defaultResources(),
+			SuspectAfter:      d.cfg.SuspectAfter(),
+			DownAfter:         d.cfg.NodeDownAfter,
+			SnapshotReplicas:  d.cfg.SnapshotReplicas,
+			Bucket:            d.cfg.S3Bucket != "",
+			TemplatePlacement: d.cfg.PlacementCount(),
 		},
+		Authority: d.cluster.authority, Members: st, Tokens: st, Gate: d.cluster, CertificateLife: d.cfg.CertificateLife,
 		Policy:    policy,
 		UploadDir: d.path("server", "uploads"),
 		About:     control.About{Version: d.version, APIURL: d.cfg.PublicAPIURL, ProxyURL: d.cfg.PublicProxyURL, Ready: d.ready.Load},
@@ -71,17 +81,6 @@ func (s *serverRole) start(ctx context.Context, loops *errgroup.Group) {
 	loops.Go(func() error { return s.store.Run(ctx) })
 	loops.Go(func() error { return s.history.Run(ctx) })
 	loops.Go(func() error { return s.control.Run(ctx) })
-}
-
-// localFleet reaches the one node of this process. It is written once, before the first request.
-type localFleet struct {
-	id    sandbox.NodeID
-	agent agentv1connect.AgentServiceClient
-}
-
-// Agent returns the node's command interface.
-func (f *localFleet) Agent(id sandbox.NodeID) (agentv1connect.AgentServiceClient, bool) {
-	return f.agent, f.agent != nil && id == f.id
 }
 
 // keyring makes and finds API keys in the store.

@@ -8,8 +8,8 @@ import (
 	"github.com/cloister-dev/cloister/internal/gen/node/v1/nodev1connect"
 )
 
-// uplink is the node's way to the server of the same process. It notes when the server first knows everything that the
-// node runs: before that, the API would answer that sandboxes of an earlier process do not exist.
+// uplink is the node's way to its server, in the same process or elsewhere. It notes when the server first knows everything
+// that the node runs: before that, the API would answer that sandboxes of an earlier process do not exist.
 type uplink struct {
 	nodev1connect.NodeServiceClient
 

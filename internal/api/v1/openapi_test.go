@@ -80,7 +80,7 @@ func TestOpenAPIMatchesWireTypes(t *testing.T) {
 	types := []any{
 		client.Error{},
 		client.Resources{},
-		client.Status{},
+		client.Status{}, client.Member{},
 		client.Node{},
 		client.Taint{},
 		client.UpdateNode{},
@@ -117,9 +117,13 @@ func TestOpenAPIMatchesWireTypes(t *testing.T) {
 		client.Build{},
 		client.Key{},
 		client.CreateKey{},
+		client.Token{},
+		client.TokenUse{},
+		client.CreateToken{},
+		client.ClusterMember{},
 		client.Event{},
 	}
-	seen := map[string]bool{"CreatedKey": true} // Key and one field
+	seen := map[string]bool{"CreatedKey": true, "CreatedToken": true} // Key and Token, with more
 	for _, v := range types {
 		typ := reflect.TypeOf(v)
 		schema, ok := d.Components.Schemas[typ.Name()]

@@ -28,6 +28,13 @@ func statusToWire(s control.Status) client.Status {
 	for state, n := range s.Sandboxes {
 		w.Sandboxes[string(state)] = n
 	}
+	if s.Member != nil {
+		m := s.Member()
+		w.Member = &client.Member{
+			Role: string(m.Role), ID: m.ID, Name: m.Name, ClusterID: m.ClusterID, Servers: m.Servers, Connected: m.Connected,
+			CertificateExpiresAt: m.ExpiresAt.UTC(),
+		}
+	}
 	return w
 }
 

@@ -1,0 +1,220 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"slices"
+	"time"
+
+	"connectrpc.com/connect"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/cloister-dev/cloister/internal/auth"
+	"github.com/cloister-dev/cloister/internal/control"
+	"github.com/cloister-dev/cloister/internal/gen/agent/v1/agentv1connect"
+	clusterv1 "github.com/cloister-dev/cloister/internal/gen/cluster/v1"
+	"github.com/cloister-dev/cloister/internal/gen/cluster/v1/clusterv1connect"
+	"github.com/cloister-dev/cloister/internal/link"
+	"github.com/cloister-dev/cloister/internal/sandbox"
+)
+
+// memberRole is what a machine that joined has in common with others: its identity, and the link to a server.
+type memberRole struct {
+	identity *auth.Identity
+	choices  choices
+	link     *link.Link
+	reach    *link.Reach
+	members  clusterv1connect.MemberServiceClient
+	log      *slog.Logger
+
+	// Of a node that others may dial: where, and who answers there.
+	direct    net.Listener
+	listener  *link.Listener
+	advertise string
+}
+
+func (d *daemon) buildMember(ctx context.Context) error {
+	role, _ := d.roles.joined()
+	id, err := joinedAs(d.cfg, role)
+	if err != nil {
+		return err
+	}
+	kept, err := readChoices(d.cfg.DataDir)
+	if err != nil {
+		return err
+	}
+	m := &memberRole{identity: id, choices: kept, log: d.log}
+	handlers := d.memberHandlers(role)
+	m.link = link.New(link.Config{
+		Self: id.Member(), Servers: m.servers, Handlers: handlers, Logger: d.log,
+		TLS: id.ClientTLS,
+	})
+	m.reach = link.NewReach(link.ReachConfig{Via: m.link, TLS: id.ClientTLS})
+	m.members = clusterv1connect.NewMemberServiceClient(m.link.HTTPClient(), link.BaseURL)
+	d.member = m
+	if role == sandbox.RoleNode && d.cfg.NodeAddr != "" {
+		return d.openDirect(ctx, handlers)
+	}
+	return nil
+}
+
+// memberHandlers take what servers and other members open to this one. They are not called before the node is there: links
+// and listeners run later.
+func (d *daemon) memberHandlers(role sandbox.Role) link.Handlers {
+	if role != sandbox.RoleNode {
+		return link.Handlers{}
+	}
+	return link.Handlers{
+		RPC: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { d.node.commands.ServeHTTP(w, r) }),
+		Guest: func(ctx context.Context, from sandbox.Member, id sandbox.ID, port uint16) (net.Conn, error) {
+			return d.node.dialFor(ctx, from, id, port)
+		},
+		Artifact: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { d.node.artifacts.ServeHTTP(w, r) }),
+	}
+}
+
+// openDirect opens the port on which others reach the node without a server between.
+func (d *daemon) openDirect(ctx context.Context, handlers link.Handlers) error {
+	l, err := listenTCP(ctx, "node-addr", d.cfg.NodeAddr)
+	if err != nil {
+		return err
+	}
+	d.closers = append(d.closers, func() error { _ = l.Close(); return nil }) // closed already where it served
+	m := d.member
+	m.direct = l
+	m.listener = link.NewListener(link.ListenerConfig{
+		Node: sandbox.NodeID(m.identity.Member().ID), TLS: m.identity.ServerTLS(), Identify: auth.MemberOf, Handlers: handlers, Logger: d.log,
+	})
+	asked := d.cfg.NodeAddress
+	if asked == "" {
+		asked = m.choices.Address
+	}
+	m.advertise = advertised(l.Addr(), asked, m.servers())
+	return nil
+}
+
+// advertised is what others are told to dial: the asked-for address, with the listener's port where it names none, else the
+// machine's address on its way to the server.
+func advertised(at net.Addr, asked string, servers []string) string {
+	if asked == "" {
+		peer := ""
+		if len(servers) > 0 {
+			peer = servers[0]
+		}
+		return reachable(at, peer)
+	}
+	if _, _, err := net.SplitHostPort(asked); err == nil {
+		return asked
+	}
+	_, port, err := net.SplitHostPort(at.String())
+	if err != nil {
+		return asked
+	}
+	return net.JoinHostPort(asked, port)
+}
+
+// servers are the addresses to try: where the join found one, and those that the servers name.
+func (m *memberRole) servers() []string {
+	all := m.identity.Servers()
+	if m.choices.Server != "" && !slices.Contains(all, m.choices.Server) {
+		all = append([]string{m.choices.Server}, all...)
+	}
+	return all
+}
+
+// start keeps the link up and the certificate fresh, and takes what others open directly.
+func (m *memberRole) start(ctx context.Context, loops *errgroup.Group) {
+	loops.Go(func() error { return m.link.Run(ctx) })
+	loops.Go(func() error { m.renew(ctx); return nil })
+	if m.direct != nil {
+		loops.Go(func() error { return m.listener.Serve(ctx, m.direct) })
+	}
+}
+
+// What a member says of itself.
+func (m *memberRole) membership() control.Membership {
+	return control.Membership{
+		Member: m.identity.Member(), Name: m.choices.Name, ClusterID: m.identity.ClusterID(), Servers: m.servers(),
+		Connected: m.link.Connected(), ExpiresAt: m.identity.Expires(),
+	}
+}
+
+// renewTimeout bounds one attempt to renew, and renewPause is the longest time between two.
+const (
+	renewTimeout = 15 * time.Second
+	renewPause   = time.Minute
+)
+
+// renew gets a new certificate when that is due, until ctx ends. Where that fails it is tried again, several times before the
+// present one ends.
+func (m *memberRole) renew(ctx context.Context) {
+	for sleepUntil(ctx, m.identity.RenewAt(time.Now(), rand.Float64())) { //nolint:gosec // spreads load
+		err := m.renewOnce(ctx)
+		if err == nil {
+			m.log.InfoContext(ctx, "certificate renewed", slog.Time("until", m.identity.Expires()))
+			continue
+		}
+		m.tellRenewal(ctx, err)
+		pause := min(renewPause, max(time.Until(m.identity.Expires())/10, time.Second))
+		if !sleepUntil(ctx, time.Now().Add(pause)) {
+			return
+		}
+	}
+}
+
+func (m *memberRole) tellRenewal(ctx context.Context, err error) {
+	role := m.identity.Member().Role
+	switch {
+	case ctx.Err() != nil:
+	case errors.Is(err, sandbox.ErrDenied), errors.Is(err, sandbox.ErrNotFound):
+		m.log.ErrorContext(ctx, "the server refuses to renew the certificate: this machine is no member any more; `cloister leave --force` and `cloister join` with a new token make it one",
+			slog.Any("err", err))
+	case time.Now().After(m.identity.Expires()):
+		m.log.ErrorContext(ctx, "the certificate has ended and no server renews it; stop this "+string(role)+" and repeat `cloister join` with a new token", slog.Any("err", err))
+	default:
+		m.log.WarnContext(ctx, "certificate not renewed, trying again", slog.Time("until", m.identity.Expires()), slog.Any("err", err))
+	}
+}
+
+func (m *memberRole) renewOnce(ctx context.Context) error {
+	request, err := m.identity.NewRequest()
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, renewTimeout)
+	defer cancel()
+	resp, err := m.members.Renew(ctx, &clusterv1.RenewRequest{CertificateRequest: request.DER})
+	if answer, ok := errors.AsType[*connect.Error](err); ok {
+		err = kindOf(answer)
+	}
+	if err != nil {
+		return fmt.Errorf("renew certificate: %w", err)
+	}
+	return m.identity.Save(request, auth.Grant{CertPEM: resp.GetCertificate(), AuthorityPEM: resp.GetAuthority(), Servers: resp.GetServers()})
+}
+
+// DialPeer connects to what another node serves: directly, or by way of the server.
+func (m *memberRole) DialPeer(ctx context.Context, node sandbox.NodeID, address string) (net.Conn, error) {
+	return m.reach.Dial(ctx, link.Endpoint{Node: node, Address: address}, link.Head{Kind: link.Artifact})
+}
+
+// links are a server's ways to the nodes that joined.
+type links struct{ hub *link.Hub }
+
+// Agent returns a node's command interface; false while it has no link.
+func (l *links) Agent(id sandbox.NodeID) (agentv1connect.AgentServiceClient, bool) {
+	if !l.hub.Connected(sandbox.Member{Role: sandbox.RoleNode, ID: string(id)}) {
+		return nil, false
+	}
+	return agentv1connect.NewAgentServiceClient(l.hub.NodeClient(id), link.BaseURL), true
+}
+
+// DialGuest connects to a port of a sandbox on a node.
+func (l *links) DialGuest(ctx context.Context, node sandbox.NodeID, id sandbox.ID, port uint16) (net.Conn, error) {
+	return l.hub.Open(ctx, link.GuestHead(node, id, port))
+}
