@@ -2,6 +2,7 @@ package link
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -125,7 +126,7 @@ type transport struct{ *http.Transport }
 // RoundTrip makes a request.
 func (t transport) RoundTrip(r *http.Request) (*http.Response, error) {
 	resp, err := t.Transport.RoundTrip(r)
-	if err != nil && r.Context().Err() == nil {
+	if err != nil && r.Context().Err() == nil && !errors.Is(err, sandbox.ErrUnavailable) {
 		err = fmt.Errorf("%w: %w", sandbox.ErrUnavailable, err)
 	}
 	return resp, err
