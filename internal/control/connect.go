@@ -68,18 +68,25 @@ func (c *Control) holdFor(ctx context.Context, id sandbox.ID, req ConnectRequest
 }
 
 func (c *Control) resume(ctx context.Context, h held, req ConnectRequest) (sandbox.Sandbox, bool, error) {
-	id, node := h.box.ID, h.box.NodeID
+	id := h.box.ID
 	ctx, cancel := context.WithTimeout(ctx, c.limits.CreateDeadline)
 	defer cancel()
+	permitted, release, err := c.permit(ctx, &h)
+	if err != nil {
+		return sandbox.Sandbox{}, false, err
+	}
+	defer release()
+	node := h.box.NodeID
 	defer c.passing(h, sandbox.StatePaused, sandbox.StateResuming)()
 	done := func(load *agentv1.Load) { c.fleet.answered(node, load) }
 	if h.box.State == sandbox.StatePaused { // it takes room, as a create does
 		done = c.fleet.dispatch(node, h.box.Resources)
 	}
 	var resp *agentv1.ResumeResponse
-	err := c.settled(ctx, h, func(ctx context.Context) (err error) {
+	err = c.settled(ctx, &h, func(ctx context.Context) (err error) {
 		resp, err = h.agent.Resume(ctx, &agentv1.ResumeRequest{
 			Id: string(id), Timeout: timeoutToWire(req.Timeout), ExtendOnly: true, Cold: req.Cold, AutoPause: req.AutoPause,
+			Permitted: permitted,
 		})
 		return err
 	})
@@ -90,6 +97,6 @@ func (c *Control) resume(ctx context.Context, h held, req ConnectRequest) (sandb
 	if err != nil {
 		return sandbox.Sandbox{}, false, fmt.Errorf("connect to sandbox %s: %w", id, err)
 	}
-	box, err := c.learn(node, resp.GetSandbox())
+	box, err := c.learn(h.box.NodeID, resp.GetSandbox())
 	return box, resp.GetResumed(), err
 }

@@ -33,6 +33,7 @@ type templates interface {
 // nodes keeps node records.
 type nodes interface {
 	PutNode(ctx context.Context, n sandbox.Node) error
+	DeleteNode(ctx context.Context, id sandbox.NodeID) error
 	Nodes(ctx context.Context) ([]sandbox.Node, error)
 }
 
@@ -40,6 +41,7 @@ type nodes interface {
 type settings interface {
 	NodeSettings(ctx context.Context) (map[sandbox.NodeID]sandbox.NodeSettings, error)
 	UpdateNodeSettings(ctx context.Context, id sandbox.NodeID, change func(*sandbox.NodeSettings) error) (sandbox.NodeSettings, error)
+	DeleteNodeSettings(ctx context.Context, id sandbox.NodeID) error
 }
 
 // secrets returns a secret of the cluster and makes it on first use.
@@ -81,6 +83,14 @@ type Limits struct {
 	// SuspectAfter and DownAfter are how long a node may be silent: 6 s, which is 3 heartbeats, and 15 s by default.
 	SuspectAfter time.Duration
 	DownAfter    time.Duration
+	// SnapshotReplicas is how many nodes keep what a sandbox is paused in, its own included, where there are so many:
+	// 2 by default, and 1 keeps no copy.
+	SnapshotReplicas int
+	// Bucket means that nodes have a bucket to keep checkpoints in, beside the replicas.
+	Bucket bool
+	// TemplatePlacement is how many nodes get a template before it is asked for there: 0, which is the default, for none
+	// and -1 for all. A template's own setting goes before it.
+	TemplatePlacement int
 }
 
 func (l Limits) withDefaults() Limits {
@@ -94,6 +104,7 @@ func (l Limits) withDefaults() Limits {
 	setDefault(&l.MaxUploads, 32<<30)
 	setDefault(&l.SuspectAfter, 6*time.Second)
 	setDefault(&l.DownAfter, 15*time.Second)
+	setDefault(&l.SnapshotReplicas, 2)
 	setDefault(&l.DefaultResources, sandbox.Resources{MilliCPU: 2000, MemoryBytes: 512 << 20, DiskBytes: 4 << 30})
 	return l
 }
@@ -112,13 +123,25 @@ type Config struct {
 	Nodes     nodes
 	Settings  settings
 	Policies  policies
-	Secrets   secrets
-	Keys      keys
-	History   history
-	Log       *slog.Logger
-	Limits    Limits
-	Policy    scheduler.Policy
-	About     About
+	// Placements, Replicas, Intents and Pins keep what is decided about single sandboxes.
+	Placements placements
+	Replicas   replicas
+	Intents    intents
+	Pins       pins
+	Secrets    secrets
+	Keys       keys
+	History    history
+	Log        *slog.Logger
+	Limits     Limits
+	Policy     scheduler.Policy
+	About      About
+	// Members, Tokens, Authority and Gate let machines join; without one of them nobody can. CertificateLife is how long a
+	// member's certificate is good: 24 h by default.
+	Members         members
+	Tokens          tokens
+	Authority       authority
+	Gate            gate
+	CertificateLife time.Duration
 	// Random picks the scheduler's samples; nil means one seeded by the system. It is called by one goroutine at a time.
 	Random scheduler.Source
 	// UploadDir is where the files are kept that builds copy from; it is made with the first of them.
@@ -138,9 +161,20 @@ type Control struct {
 	limits    Limits
 	about     About
 	started   time.Time
+	joining   *joining
+
+	placements placements
+	replicas   replicas
+	intents    intents
+	pins       pins
 
 	index   *index
 	fleet   *fleet
+	noted   *noted
+	busy    *busy
+	strays  *strays
+	drains  *drains
+	copies  *copies
 	catalog *catalog
 	builds  *builds
 	uploads *uploads
@@ -183,7 +217,14 @@ func New(ctx context.Context, cfg Config) (*Control, error) {
 		agents: cfg.Agents, templates: cfg.Templates, nodes: cfg.Nodes,
 		settings: cfg.Settings, policies: cfg.Policies, keys: cfg.Keys, history: cfg.History,
 		log: cfg.Log, limits: limits, about: cfg.About, started: time.Now(), secret: secret,
+		joining:    newJoining(&cfg),
+		placements: cfg.Placements, replicas: cfg.Replicas, intents: cfg.Intents, pins: cfg.Pins,
 		index:   newIndex(limits.EndedFor, limits.EndedMax),
+		noted:   newNoted(),
+		busy:    newBusy(),
+		strays:  newStrays(),
+		drains:  newDrains(),
+		copies:  newCopies(),
 		fleet:   newFleet(cfg.Policy, cfg.Random, limits),
 		catalog: newCatalog(),
 		builds:  newBuilds(limits.MaxBuilds),
@@ -197,6 +238,9 @@ func New(ctx context.Context, cfg Config) (*Control, error) {
 	for _, n := range known {
 		c.fleet.restore(n, wanted[n.ID], c.started)
 	}
+	if err := c.loadNoted(ctx); err != nil {
+		return nil, err
+	}
 	return c, c.loadPolicy(ctx)
 }
 
@@ -209,8 +253,13 @@ func (c *Control) Run(ctx context.Context) error {
 	g.Go(func() error { return c.runBuilds(ctx) })
 	g.Go(func() error { c.runSweeps(ctx); return nil })
 	g.Go(func() error { c.watchNodes(ctx); return nil })
+	g.Go(func() error { c.runLeavers(ctx); return nil })
+	g.Go(func() error { c.runSettle(ctx); return nil })
+	g.Go(func() error { c.runDrains(ctx); return nil })
+	g.Go(func() error { c.runReplicas(ctx); return nil })
 	g.Go(func() error { return c.runUploads(ctx) })
 	g.Go(func() error { <-ctx.Done(); c.wakes.close(); return nil })
+	c.expectProxies(ctx)
 	g.Go(func() error {
 		tick := time.NewTicker(pruneEvery)
 		defer tick.Stop()

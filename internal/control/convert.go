@@ -45,8 +45,9 @@ func sandboxFromWire(node sandbox.NodeID, w *agentv1.Sandbox) (sandbox.Sandbox, 
 		StartedAt:    timeFromWire(w.GetStartedAt()), EndAt: timeFromWire(w.GetEndAt()), EndedAt: timeFromWire(w.GetEndedAt()),
 		Secure: w.GetSecure(), AllowInternet: w.GetAllowInternet(), GuestVersion: shared(w.GetGuestVersion()),
 		AutoPause: w.GetAutoPause(), AutoPauseKind: kindFromWire(w.GetAutoPauseKind()),
-		AutoResume: w.GetAutoResume(), Timeout: w.GetTimeout().AsDuration(),
 		PausedAt: timeFromWire(w.GetPausedAt()), PausedKind: kindFromWire(w.GetPausedKind()), PausedBytes: w.GetPausedBytes(),
+		Checkpoint: w.GetCheckpointId(), ImageDigest: shared(w.GetImageDigest()), Received: w.GetReceived(),
+		AutoResume: w.GetAutoResume(), Timeout: w.GetTimeout().AsDuration(), IdleTimeout: w.GetIdleTimeout(),
 	}, nil
 }
 

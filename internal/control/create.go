@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"time"
 
+	"google.golang.org/protobuf/proto"
+
 	agentv1 "github.com/cloister-dev/cloister/internal/gen/agent/v1"
 	"github.com/cloister-dev/cloister/internal/sandbox"
 	"github.com/cloister-dev/cloister/internal/scheduler"
@@ -30,6 +32,8 @@ type CreateRequest struct {
 	// empty.
 	AutoPause     bool
 	AutoPauseKind sandbox.CheckpointKind
+	// AutoResume has a request make the sandbox run again while it is paused.
+	AutoResume bool
 	// IdempotencyKey makes a node answer a repeated request with the sandbox that it made before.
 	IdempotencyKey string
 }
@@ -60,15 +64,28 @@ func (c *Control) Create(ctx context.Context, req CreateRequest) (sandbox.Sandbo
 	if err != nil {
 		return sandbox.Sandbox{}, err
 	}
+	box, err := c.placed(ctx, &req, ask, msg)
+	if err == nil {
+		c.fleet.settle(ask.Key, box.NodeID)
+		c.copies.used(template.ID, build.ID, msg.GetResources(), box.StartedAt)
+	}
+	return box, err
+}
+
+// placed asks nodes until one has made the sandbox. A request that can be repeated goes to the same node each time.
+func (c *Control) placed(ctx context.Context, req *CreateRequest, ask scheduler.Request, msg *agentv1.CreateRequest) (sandbox.Sandbox, error) {
 	decision := c.fleet.place(ask, time.Now())
+	if req.IdempotencyKey != "" {
+		pin, err := pinOf(req)
+		if err != nil {
+			return sandbox.Sandbox{}, err
+		}
+		return c.dispatchPinned(ctx, pin, decision, msg)
+	}
 	if len(decision.Candidates) == 0 {
 		return sandbox.Sandbox{}, refusal(decision)
 	}
-	box, err := c.dispatch(ctx, decision, msg)
-	if err == nil {
-		c.fleet.settle(ask.Key, box.NodeID)
-	}
-	return box, err
+	return c.dispatch(ctx, decision, msg)
 }
 
 // placement says what the scheduler is to look for: nodes that have what the sandbox starts from, the checkpoint or,
@@ -78,7 +95,18 @@ func placement(t sandbox.Template, b sandbox.Build, msg *agentv1.CreateRequest) 
 	if b.Checkpoint != "" {
 		req.Image = b.ID
 	}
+	if err := templateWishes(&req, t); err != nil {
+		return req, err
+	}
 	return req, wishes(&req, msg.GetMetadata())
+}
+
+// templateWishes fills in what a template says of its sandboxes' nodes; a create's own metadata goes before it.
+func templateWishes(r *scheduler.Request, t sandbox.Template) error {
+	if t.NodeSelector == "" && t.NodeAffinity == "" && t.Tolerations == "" {
+		return nil
+	}
+	return wishes(r, map[string]string{KeyNodeSelector: t.NodeSelector, KeyNodeAffinity: t.NodeAffinity, KeyTolerations: t.Tolerations})
 }
 
 // admit fills in what is missing and refuses what cannot be.
@@ -106,6 +134,7 @@ func (c *Control) createMessage(t sandbox.Template, b sandbox.Build, req CreateR
 		Resources: resourcesToWire(want), Metadata: req.Metadata, Env: req.Env, Timeout: timeoutToWire(req.Timeout),
 		Secure: req.Secure || b.Secure, AllowInternet: req.AllowInternet, IdempotencyKey: req.IdempotencyKey,
 		CustomSize: want != own, Guest: guestToWire(b.Guest), AutoPause: req.AutoPause,
+		AutoResume: req.AutoResume,
 	}
 	if req.AutoPause {
 		kind, err := kindToWire(req.AutoPauseKind)
@@ -142,12 +171,12 @@ func (c *Control) dispatch(ctx context.Context, d scheduler.Decision, msg *agent
 	defer cancel()
 	var last error
 	for _, node := range d.Candidates {
-		box, err := c.createAt(ctx, node, msg)
+		box, err := c.createWith(ctx, node, msg)
 		if err == nil {
 			return box, nil
 		}
 		last = err
-		elsewhere := errors.Is(err, sandbox.ErrExhausted) || errors.Is(err, sandbox.ErrUnavailable)
+		elsewhere := errors.Is(err, sandbox.ErrExhausted) || errors.Is(err, sandbox.ErrUnavailable) || errors.Is(err, errNotThere)
 		if !elsewhere || ctx.Err() != nil {
 			break
 		}
@@ -155,12 +184,46 @@ func (c *Control) dispatch(ctx context.Context, d scheduler.Decision, msg *agent
 	return sandbox.Sandbox{}, fmt.Errorf("create sandbox from %s: %w", msg.GetTemplateName(), last)
 }
 
+// errNotThere means that a node has not what a sandbox is to start from, and could not get it.
+var errNotThere = errors.New("the node has not got the template")
+
+// marked is an error that also is a mark, of which users see nothing.
+type marked struct{ err, mark error }
+
+func (m marked) Error() string   { return m.err.Error() }
+func (m marked) Unwrap() []error { return []error{m.err, m.mark} }
+
+// errNotAsked means that a node was never asked, because it is not connected.
+var errNotAsked = errors.New("the node was not asked")
+
+// createWith has one node create the sandbox, and tells it from whom it can get what it lacks.
+func (c *Control) createWith(ctx context.Context, node sandbox.NodeID, msg *agentv1.CreateRequest) (sandbox.Sandbox, error) {
+	what := msg.GetImageDigest()
+	if msg.GetCheckpointId() != "" {
+		what = msg.GetCheckpointId()
+	}
+	if c.fleet.lacks(node, what) {
+		msg = proto.CloneOf(msg)
+		msg.Peers, msg.Bucket = c.fleet.peers(node, what), c.limits.Bucket
+	}
+	box, err := c.createAt(ctx, node, msg)
+	switch {
+	case err == nil && msg.Peers != nil:
+		c.fleet.setImage(node, msg.GetImageDigest(), true)
+		c.fleet.setImage(node, msg.GetCheckpointId(), true)
+	case errors.Is(err, sandbox.ErrNotFound):
+		c.fleet.setImage(node, what, false)
+		err = marked{err, errNotThere}
+	}
+	return box, err
+}
+
 // createAt has one node create the sandbox and indexes the answer at once, so that the next request finds it.
 func (c *Control) createAt(ctx context.Context, node sandbox.NodeID, msg *agentv1.CreateRequest) (sandbox.Sandbox, error) {
 	agent, err := c.agent(node)
 	if err != nil {
 		c.fleet.outcome(node, true, time.Now())
-		return sandbox.Sandbox{}, err
+		return sandbox.Sandbox{}, marked{err, errNotAsked}
 	}
 	done := c.fleet.dispatch(node, resourcesFromWire(msg.GetResources()))
 	resp, err := agent.Create(ctx, msg)
@@ -195,6 +258,9 @@ func (c *Control) learn(node sandbox.NodeID, w *agentv1.Sandbox) (sandbox.Sandbo
 	box, err := sandboxFromWire(node, w)
 	if err != nil {
 		return sandbox.Sandbox{}, fmt.Errorf("read the answer of node %s: %w", node, err)
+	}
+	if box.Received || c.noted.outdated(&box) {
+		return sandbox.Sandbox{}, sandbox.Unavailablef("sandbox %s is being moved: try again", box.ID)
 	}
 	c.index.apply(&entry{box: box, epoch: c.fleet.epochOf(node)}, time.Now())
 	return box, nil

@@ -26,6 +26,12 @@ type Node struct {
 	StateAt time.Time
 	// Failures is what went wrong there lately, as far as it still counts.
 	Failures float64
+	// UsedCPU, UsedMemory and UsedDisk are how much of the machine is in use, 0 to 1; 0 where that is not known.
+	UsedCPU    float64
+	UsedMemory float64
+	UsedDisk   float64
+	// Drain is how far the node has been emptied; nil where it was not told to be, or by another process.
+	Drain *DrainProgress
 }
 
 // member is what the server knows of one node.
@@ -40,6 +46,8 @@ type member struct {
 	failures scheduler.Failures
 	epoch    int64
 	acked    int64
+	// told means that a full report came under this registration.
+	told     bool
 	lastSeen time.Time
 	load     Load
 	// dispatched is what has been sent to the node and is in no load that it reported.
@@ -54,6 +62,10 @@ type Load struct {
 	Sandboxes int
 	Creating  int
 	Warm      int
+	// UsedCPU, UsedMemory and UsedDisk are how much of the machine is in use, 0 to 1.
+	UsedCPU    float64
+	UsedMemory float64
+	UsedDisk   float64
 }
 
 // loadFromWire reads a load; where it names no capacity, the known one stays.
@@ -64,6 +76,7 @@ func loadFromWire(w *agentv1.Load, capacity sandbox.Resources) Load {
 	return Load{
 		Capacity: capacity, Allocated: resourcesFromWire(w.GetAllocated()),
 		Sandboxes: int(w.GetSandboxes()), Creating: int(w.GetCreating()), Warm: int(w.GetWarm()),
+		UsedCPU: w.GetUsedCpu(), UsedMemory: w.GetUsedMemory(), UsedDisk: w.GetUsedDisk(),
 	}
 }
 
@@ -82,7 +95,9 @@ type fleet struct {
 	// views is what Place reads; at says where each node's view stands.
 	views []scheduler.Node
 	at    map[sandbox.NodeID]int
-	epoch int64
+	// having says which nodes have an image or a checkpoint, in whatever state.
+	having map[string]map[sandbox.NodeID]struct{}
+	epoch  int64
 	// next is where round_robin goes on, homes where sticky keys were last.
 	next  int
 	homes *homes
@@ -94,6 +109,7 @@ func newFleet(policy scheduler.Policy, random scheduler.Source, limits Limits) *
 	return &fleet{
 		policy: policy, configured: policy, random: random, limits: limits,
 		members: make(map[sandbox.NodeID]*member), at: make(map[sandbox.NodeID]int), homes: newHomes(),
+		having: make(map[string]map[sandbox.NodeID]struct{}),
 	}
 }
 
@@ -148,29 +164,34 @@ func (f *fleet) refresh(id sandbox.NodeID, images map[string]struct{}) {
 	}
 	if images == nil {
 		images = f.views[i].Images
+	} else {
+		f.haves(id, f.views[i].Images, images)
 	}
 	f.views[i] = scheduler.Node{
 		ID: id, State: m.state, Cordoned: m.settings.Cordoned, Labels: m.labels, Taints: m.settings.Taints,
 		Engines: m.record.Engines, Images: images,
 		Capacity: m.load.Capacity, Allocated: m.load.Allocated.Add(m.dispatched), Sandboxes: m.load.Sandboxes + m.inFlight,
 		Creating: max(m.load.Creating, m.inFlight), Warm: m.load.Warm, Failures: m.failures,
+		UsedCPU: m.load.UsedCPU, UsedMemory: m.load.UsedMemory,
 	}
 }
 
-// heard takes a node's report of its load. It is ErrConflict where the report is of another registration.
-func (f *fleet) heard(id sandbox.NodeID, epoch int64, load *agentv1.Load, now time.Time) error {
+// heard takes a node's report of its load, and says whether the node was down until then. It is ErrConflict where the
+// report is of another registration.
+func (f *fleet) heard(id sandbox.NodeID, epoch int64, load *agentv1.Load, now time.Time) (back bool, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	m := f.members[id]
 	if m == nil || m.epoch != epoch || epoch == 0 {
-		return sandbox.Conflictf("node %s: epoch %d is not its registration here: register again", id, epoch)
+		return false, sandbox.Conflictf("node %s: epoch %d is not its registration here: register again", id, epoch)
 	}
+	back = m.state == sandbox.NodeDown
 	f.seen(m, now)
 	if load != nil {
 		m.load = loadFromWire(load, m.load.Capacity)
 	}
 	f.refresh(id, nil)
-	return nil
+	return back, nil
 }
 
 // seen notes a sign of life. It requires mu.
@@ -256,20 +277,8 @@ func (f *fleet) setImage(id sandbox.NodeID, digest string, there bool) {
 	} else {
 		delete(images, digest)
 	}
+	f.haves(id, f.views[i].Images, images)
 	f.views[i].Images = images
-}
-
-// holders returns the nodes that are ready and have the image.
-func (f *fleet) holders(digest string) []sandbox.NodeID {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	var out []sandbox.NodeID
-	for i := range f.views {
-		if _, ok := f.views[i].Images[digest]; ok && f.views[i].State == sandbox.NodeReady { // a cordoned one included
-			out = append(out, f.views[i].ID)
-		}
-	}
-	return out
 }
 
 // list returns all nodes in order of name, then id.

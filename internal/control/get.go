@@ -3,6 +3,7 @@ package control
 import (
 	"context"
 	"errors"
+	"fmt"
 	"time"
 
 	agentv1 "github.com/cloister-dev/cloister/internal/gen/agent/v1"
@@ -44,7 +45,7 @@ func (c *Control) locate(ctx context.Context, id sandbox.ID) (sandbox.Sandbox, e
 	if box, ok := c.index.get(id); ok {
 		return box, nil
 	}
-	node := id.Node()
+	node := c.homeOf(id)
 	if node == "" {
 		return sandbox.Sandbox{}, unknown(id)
 	}
@@ -53,11 +54,39 @@ func (c *Control) locate(ctx context.Context, id sandbox.ID) (sandbox.Sandbox, e
 		return sandbox.Sandbox{}, c.unreachable(id, node)
 	}
 	// Anybody can make up ids: this many a second may trouble the nodes.
-	if !c.lookups.Allow() {
+	if _, killed := c.noted.kill(id); killed || !c.lookups.Allow() {
 		return sandbox.Sandbox{}, unknown(id)
 	}
 	ctx, cancel := context.WithTimeout(ctx, c.limits.CallDeadline)
 	defer cancel()
+	resp, err := agent.Get(ctx, &agentv1.GetRequest{Id: string(id)})
+	if err = fromNode(node, err); errors.Is(err, sandbox.ErrNotFound) {
+		return c.locateMoved(ctx, id, node)
+	}
+	if err != nil {
+		return sandbox.Sandbox{}, err
+	}
+	return c.learn(node, resp.GetSandbox())
+}
+
+// homeOf returns the node that a sandbox was moved to, as far as this server knows, or the one that made it.
+func (c *Control) homeOf(id sandbox.ID) sandbox.NodeID {
+	if p, ok := c.noted.placement(id); ok && !p.Ended {
+		return p.Node
+	}
+	return id.Node()
+}
+
+// locateMoved looks for a sandbox that a node has not, as another server may have moved it.
+func (c *Control) locateMoved(ctx context.Context, id sandbox.ID, asked sandbox.NodeID) (sandbox.Sandbox, error) {
+	if err := c.reloadPlacement(ctx, id); err != nil {
+		return sandbox.Sandbox{}, fmt.Errorf("find sandbox %s: %w", id, err)
+	}
+	node := c.homeOf(id)
+	agent, ok := c.agents.Agent(node)
+	if node == asked || !ok {
+		return sandbox.Sandbox{}, unknown(id)
+	}
 	resp, err := agent.Get(ctx, &agentv1.GetRequest{Id: string(id)})
 	if err = fromNode(node, err); errors.Is(err, sandbox.ErrNotFound) {
 		return sandbox.Sandbox{}, unknown(id)

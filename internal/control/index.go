@@ -27,6 +27,7 @@ type index struct {
 	order  ordered // all but the deleted
 	counts map[sandbox.State]int
 	ended  []endedEntry // the oldest first
+	paused map[sandbox.ID]struct{}
 }
 
 type endedEntry struct {
@@ -38,6 +39,7 @@ func newIndex(endedFor time.Duration, endedMax int) *index {
 	return &index{
 		endedFor: endedFor, endedMax: endedMax,
 		byID: make(map[sandbox.ID]*entry), counts: make(map[sandbox.State]int),
+		paused: make(map[sandbox.ID]struct{}),
 	}
 }
 
@@ -70,8 +72,13 @@ func (x *index) apply(e *entry, now time.Time) {
 }
 
 func newer(e, old *entry) bool {
-	if old.final {
+	switch {
+	case old.final:
 		return false
+	case e.box.NodeID != old.box.NodeID: // the sequences of two nodes say nothing of each other
+		return e.box.Generation > old.box.Generation
+	case old.was != "": // the node itself knows better than what was concluded from its silence
+		return e.box.Generation >= old.box.Generation
 	}
 	if e.box.Generation != old.box.Generation {
 		return e.box.Generation > old.box.Generation
@@ -113,7 +120,12 @@ func (x *index) replace(e *entry, now time.Time) {
 	old := x.byID[e.box.ID]
 	x.byID[e.box.ID] = e
 	x.routes.changed(old, e)
-	if e.box.State.Ended() {
+	if e.box.State == sandbox.StatePaused {
+		x.paused[e.box.ID] = struct{}{}
+	} else {
+		delete(x.paused, e.box.ID)
+	}
+	if e.box.State.Ended() && e.was == "" { // what was lost with its node stays as long as that may return
 		x.ended = append(x.ended, endedEntry{entry: e, at: now})
 		x.dropEnded(now)
 	}

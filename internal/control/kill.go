@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"time"
 
 	agentv1 "github.com/cloister-dev/cloister/internal/gen/agent/v1"
 	"github.com/cloister-dev/cloister/internal/sandbox"
@@ -12,11 +11,28 @@ import (
 
 const killReason = "killed on request"
 
-// Kill ends a sandbox. One that has failed or is lost is cleared away, and found no more. Errors: ErrNotFound.
+// Kill ends a sandbox. One that has failed or is lost is cleared away, and found no more; one whose node does not answer
+// is killed as soon as it does, and is gone for everybody else. Errors: ErrNotFound.
 func (c *Control) Kill(ctx context.Context, id sandbox.ID) error {
+	if _, err := c.Get(ctx, id); err != nil {
+		return err
+	}
+	wait, cancel := context.WithTimeout(ctx, c.limits.CreateDeadline)
+	defer cancel()
+	release, err := c.busy.take(wait, id) // one that is being moved is killed where it goes
+	if err != nil {
+		return err
+	}
+	defer release()
 	box, err := c.Get(ctx, id)
 	if err != nil {
 		return err
+	}
+	if err := c.unguard(ctx, id); err != nil { // nobody is to bring it back
+		return fmt.Errorf("kill sandbox %s: %w", id, err)
+	}
+	if c.fleet.isDown(box.NodeID) && box.State != sandbox.StateFailed {
+		return c.killLater(ctx, box)
 	}
 	err = c.killAt(ctx, box.NodeID, id)
 	switch {
@@ -29,15 +45,8 @@ func (c *Control) Kill(ctx context.Context, id sandbox.ID) error {
 	case err != nil:
 		return fmt.Errorf("kill sandbox %s: %w", id, err)
 	}
-	c.index.change(id, time.Now(), func(e *entry) bool {
-		e.final = true
-		if e.box.State == sandbox.StateDeleted {
-			return true // the node's report was faster
-		}
-		e.box.Generation++
-		e.box.State, e.box.Reason, e.box.EndedAt = sandbox.StateDeleted, killReason, time.Now()
-		return true
-	})
+	c.buried(id, killReason)
+	c.strays.ended(id)
 	return nil
 }
 

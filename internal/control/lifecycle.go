@@ -19,14 +19,33 @@ type held struct {
 	agent agentv1connect.AgentServiceClient
 }
 
-// hold finds a sandbox that has not ended, and its node. Errors: ErrNotFound, ErrUnavailable.
+// hold finds a sandbox that has not ended, and its node. One that is being moved is waited for.
+// Errors: ErrNotFound, ErrUnavailable, at once where its node does not answer.
 func (c *Control) hold(ctx context.Context, id sandbox.ID) (held, error) {
-	box, err := c.live(ctx, id)
+	wait, cancel := context.WithTimeout(ctx, c.limits.CreateDeadline)
+	defer cancel()
+	box, err := c.arrived(wait, id)
 	if err != nil {
 		return held{}, err
 	}
+	if c.fleet.isDown(box.NodeID) {
+		return held{}, c.away(box)
+	}
 	agent, err := c.agent(box.NodeID)
 	return held{box: box, agent: agent}, err
+}
+
+// arrived returns a sandbox once it is not on its way from one node to another. Errors: ErrNotFound, ErrUnavailable.
+func (c *Control) arrived(ctx context.Context, id sandbox.ID) (sandbox.Sandbox, error) {
+	for {
+		box, err := c.live(ctx, id)
+		if err != nil || box.State != sandbox.StateMigrating {
+			return box, err
+		}
+		if pause(ctx, settleInterval); ctx.Err() != nil {
+			return box, sandbox.Unavailablef("sandbox %s is being moved to another node, which takes too long: try again", id)
+		}
+	}
 }
 
 // look asks the node what a sandbox is now, which the index may not know yet. Errors: ErrNotFound, ErrUnavailable.
@@ -42,14 +61,21 @@ func (c *Control) look(ctx context.Context, h held) (sandbox.Sandbox, error) {
 }
 
 // settled carries out a command, and does so again while the node refuses it because the sandbox is on its way from one
-// state to another: whether the command is possible is only known once it has arrived.
-func (c *Control) settled(ctx context.Context, h held, command func(context.Context) error) error {
+// state to another: whether the command is possible is only known once it has arrived. h follows a sandbox that is moved
+// to another node meanwhile; command is to use it.
+func (c *Control) settled(ctx context.Context, h *held, command func(context.Context) error) error {
 	for {
 		err := fromNode(h.box.NodeID, command(ctx))
-		if !errors.Is(err, sandbox.ErrConflict) {
+		if !errors.Is(err, sandbox.ErrConflict) && !errors.Is(err, sandbox.ErrNotFound) {
 			return err
 		}
-		box, lookErr := c.look(ctx, h)
+		if c.moved(ctx, h) {
+			continue
+		}
+		if errors.Is(err, sandbox.ErrNotFound) {
+			return err
+		}
+		box, lookErr := c.look(ctx, *h)
 		if lookErr != nil || !onItsWay(box.State) {
 			return err
 		}
@@ -57,6 +83,24 @@ func (c *Control) settled(ctx context.Context, h held, command func(context.Cont
 			return err
 		}
 	}
+}
+
+// moved takes what is known of a sandbox that another node has by now, or will have in a moment.
+func (c *Control) moved(ctx context.Context, h *held) bool {
+	box, ok := c.index.get(h.box.ID)
+	if !ok || box.State != sandbox.StateMigrating && box.NodeID == h.box.NodeID {
+		return false
+	}
+	box, err := c.arrived(ctx, h.box.ID)
+	if err != nil || box.NodeID == h.box.NodeID && box.Generation == h.box.Generation {
+		return false
+	}
+	agent, err := c.agent(box.NodeID)
+	if err != nil {
+		return false
+	}
+	h.box, h.agent = box, agent
+	return true
 }
 
 // passing has the index say, until the returned function is called or the node says more, that a sandbox is on its way:

@@ -12,12 +12,22 @@ import (
 )
 
 // ListNodes returns all nodes that ever registered, in order of name.
-func (c *Control) ListNodes(context.Context) ([]Node, error) { return c.fleet.list(time.Now()), nil }
+func (c *Control) ListNodes(context.Context) ([]Node, error) {
+	all := c.fleet.list(time.Now())
+	for i := range all {
+		all[i].Drain = c.drains.progress(all[i].ID, all[i].Settings.Drain)
+	}
+	return all, nil
+}
 
 // GetNode returns a node by id or, where only one has it, by name.
-func (c *Control) GetNode(_ context.Context, idOrName string) (Node, error) {
+func (c *Control) GetNode(ctx context.Context, idOrName string) (Node, error) {
 	var named []Node
-	for _, n := range c.fleet.list(time.Now()) {
+	all, err := c.ListNodes(ctx)
+	if err != nil {
+		return Node{}, err
+	}
+	for _, n := range all {
 		if string(n.ID) == idOrName {
 			return n, nil
 		}
@@ -141,7 +151,7 @@ func (h *NodeChange) cordon(s *sandbox.NodeSettings, now time.Time) {
 	switch {
 	case h.Cordoned == nil:
 	case !*h.Cordoned:
-		s.Cordoned, s.Reason, s.CordonedAt = false, "", time.Time{}
+		s.Cordoned, s.Reason, s.CordonedAt, s.Drain = false, "", time.Time{}, nil
 	case s.Cordoned:
 		if h.Reason != "" {
 			s.Reason = h.Reason

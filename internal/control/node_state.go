@@ -93,6 +93,7 @@ func (c *Control) watchNodes(ctx context.Context) {
 		}
 		for _, t := range c.fleet.sweep(now, stalled) {
 			c.tellTurn(ctx, t)
+			c.heedTurn(ctx, t)
 		}
 		last = now
 	}
@@ -134,16 +135,28 @@ func (f *fleet) node(m *member, now time.Time) Node {
 	n := Node{
 		Node: m.record, Allocated: m.load.Allocated, Sandboxes: m.load.Sandboxes, Creating: m.load.Creating,
 		Warm: m.load.Warm, LastSeenAt: m.lastSeen, Settings: m.settings.Clone(), StateAt: m.stateAt,
-		Failures: m.failures.Now(now, f.halfLife()),
+		Failures: m.failures.Now(now, f.halfLife()), UsedCPU: m.load.UsedCPU, UsedMemory: m.load.UsedMemory, UsedDisk: m.load.UsedDisk,
 	}
 	n.Capacity, n.State, n.Labels = m.load.Capacity, m.state, maps.Clone(m.labels)
 	if n.State == sandbox.NodeReady && m.settings.Cordoned {
-		n.State = sandbox.NodeCordoned
-		if m.settings.CordonedAt.After(n.StateAt) {
-			n.StateAt = m.settings.CordonedAt
+		state, at := closedState(&m.settings)
+		n.State = state
+		if at.After(n.StateAt) {
+			n.StateAt = at
 		}
 	}
 	return n
+}
+
+// closedState returns the state of a node that is ready and gets no new sandboxes, and since when.
+func closedState(s *sandbox.NodeSettings) (sandbox.NodeState, time.Time) {
+	switch {
+	case s.Drain.Active():
+		return sandbox.NodeDraining, s.Drain.StartedAt
+	case s.Drain.Drained():
+		return sandbox.NodeDrained, s.Drain.DoneAt
+	}
+	return sandbox.NodeCordoned, s.CordonedAt
 }
 
 // set takes the administrator's settings for a node.

@@ -31,6 +31,8 @@ type entry struct {
 	epoch int64
 	// final means that the node has ended the sandbox on our command: whatever else it reports was before that.
 	final bool
+	// was is the state that the sandbox had when its node went down, for when that returns; empty for all others.
+	was sandbox.State
 }
 
 func (e *entry) place() place { return placeOf(&e.box) }

@@ -24,7 +24,7 @@ func (c *Control) Pause(ctx context.Context, id sandbox.ID, kind sandbox.Checkpo
 	defer cancel()
 	defer c.passing(h, sandbox.StateRunning, sandbox.StatePausing)()
 	var resp *agentv1.PauseResponse
-	err = c.settled(ctx, h, func(ctx context.Context) (err error) {
+	err = c.settled(ctx, &h, func(ctx context.Context) (err error) {
 		resp, err = h.agent.Pause(ctx, &agentv1.PauseRequest{Id: string(id), Kind: keep})
 		return err
 	})

@@ -20,6 +20,9 @@ var nodeIDForm = regexp.MustCompile(`^[a-z0-9]{6}$`)
 // Register takes a node into the cluster, or takes it back after a restart. It asks for a full report each time: that
 // is one message, and right also after the server or the node forgot something.
 func (c *Control) Register(ctx context.Context, req *nodev1.RegisterRequest) (*nodev1.RegisterResponse, error) {
+	if err := c.checkNode(ctx, req.GetNodeId()); err != nil {
+		return nil, toNode(err)
+	}
 	n, err := nodeFromWire(req)
 	if err != nil {
 		return nil, toNode(err)
@@ -32,6 +35,8 @@ func (c *Control) Register(ctx context.Context, req *nodev1.RegisterRequest) (*n
 	c.log.LogAttrs(ctx, slog.LevelInfo, "node registered", nodeAttr(n.ID), slog.String("name", n.Name),
 		slog.String("version", n.Version), slog.Int64("epoch", epoch))
 	c.offerSweep(n.ID, req.GetCheckpointIds())
+	c.copies.registered(n.ID, req.GetReplicaIds(), now)
+	c.strays.kick()
 	c.note(ctx, Event{
 		Type: "node_registered", NodeID: n.ID, Message: fmt.Sprintf("node %s registered", n.Name),
 		Fields: map[string]string{"version": n.Version},
@@ -46,6 +51,7 @@ func nodeFromWire(w *nodev1.RegisterRequest) (sandbox.Node, error) {
 	n := sandbox.Node{
 		ID: sandbox.NodeID(w.GetNodeId()), Name: w.GetName(), Version: w.GetVersion(), Architecture: w.GetArchitecture(),
 		Kernel: w.GetKernel(), Labels: w.GetLabels(), Capacity: resourcesFromWire(w.GetCapacity()),
+		Address: w.GetAddress(), CPUFeatures: w.GetCpuFeatures(), Machine: resourcesFromWire(w.GetMachine()),
 	}
 	setDefault(&n.Name, string(n.ID))
 	for _, e := range w.GetEngines() {
@@ -57,9 +63,16 @@ func nodeFromWire(w *nodev1.RegisterRequest) (sandbox.Node, error) {
 // Report takes a node's changes. Taking the same report twice does no harm, so a node sends what is not acknowledged
 // again; and it is not acknowledged before its events are kept.
 func (c *Control) Report(ctx context.Context, req *nodev1.ReportRequest) (*nodev1.ReportResponse, error) {
-	node, now := sandbox.NodeID(req.GetNodeId()), time.Now().UTC()
-	if err := c.fleet.heard(node, req.GetEpoch(), req.GetLoad(), now); err != nil {
+	if err := c.checkNode(ctx, req.GetNodeId()); err != nil {
 		return nil, toNode(err)
+	}
+	node, now := sandbox.NodeID(req.GetNodeId()), time.Now().UTC()
+	back, err := c.fleet.heard(node, req.GetEpoch(), req.GetLoad(), now)
+	if err != nil {
+		return nil, toNode(err)
+	}
+	if back && !req.GetFull() {
+		c.revive(ctx, node)
 	}
 	node = sandbox.NodeID(shared(string(node)))
 	var last int64
@@ -71,11 +84,13 @@ func (c *Control) Report(ctx context.Context, req *nodev1.ReportRequest) (*nodev
 			return nil, toNode(fmt.Errorf("change %d: %w", change.GetSequence(), err))
 		}
 		named[box.ID] = struct{}{}
-		c.index.apply(&entry{box: box, sequence: change.GetSequence(), epoch: req.GetEpoch()}, now)
+		c.take(change.GetType(), &entry{box: box, sequence: change.GetSequence(), epoch: req.GetEpoch()}, now)
 		events = append(events, changeEvent(change, box, now))
 		last = max(last, change.GetSequence())
 	}
 	if req.GetFull() {
+		c.fleet.toldAll(node)
+		c.strays.onlyNamed(node, named)
 		events = append(events, c.markMissing(node, req.GetEpoch(), named, now)...)
 	}
 	if len(events) > 0 {
@@ -83,7 +98,32 @@ func (c *Control) Report(ctx context.Context, req *nodev1.ReportRequest) (*nodev
 			return nil, toNode(sandbox.Unavailablef("keep %d events: %v", len(events), err))
 		}
 	}
-	return &nodev1.ReportResponse{AcknowledgedSequence: c.fleet.acknowledge(node, last)}, nil
+	return &nodev1.ReportResponse{AcknowledgedSequence: c.fleet.acknowledge(node, last), Cordoned: c.fleet.open(node) != nil}, nil
+}
+
+// take takes what a node says of one sandbox. A copy that does not count, because the sandbox is elsewhere, has not
+// arrived yet or is to be killed, is no news about the sandbox but work for runSettle.
+func (c *Control) take(change string, e *entry, now time.Time) {
+	box := &e.box
+	if change == "forgotten" {
+		c.strays.resolve(box.ID, box.NodeID)
+		c.strays.forgotten(box.ID, box.NodeID)
+		return
+	}
+	_, killed := c.noted.kill(box.ID)
+	if !box.State.Ended() && (killed || box.Received || c.noted.outdated(box)) {
+		c.strays.add(*box, now)
+		return
+	}
+	if box.State == sandbox.StateMigrating {
+		c.strays.add(*box, now)
+	} else {
+		c.strays.resolve(box.ID, box.NodeID)
+	}
+	c.index.apply(e, now)
+	if box.State.Ended() {
+		c.strays.ended(box.ID)
+	}
 }
 
 const lostReason = "its node does not have it any more"
@@ -94,7 +134,7 @@ func (c *Control) markMissing(node sandbox.NodeID, epoch int64, named map[sandbo
 	var missing []sandbox.ID
 	first, _ := ends()
 	c.index.scan(false, first, func(e *entry) bool {
-		if _, ok := named[e.box.ID]; !ok && e.box.NodeID == node && !e.box.State.Ended() && e.epoch != epoch {
+		if _, ok := named[e.box.ID]; !ok && e.box.NodeID == node && (!e.box.State.Ended() || lostThere(e)) && e.epoch != epoch {
 			missing = append(missing, e.box.ID)
 		}
 		return true
@@ -102,9 +142,10 @@ func (c *Control) markMissing(node sandbox.NodeID, epoch int64, named map[sandbo
 	var events []Event
 	for _, id := range missing {
 		c.index.change(id, now, func(e *entry) bool {
-			if e.box.State.Ended() || e.epoch == epoch {
+			if e.box.NodeID != node || e.box.State.Ended() && !lostThere(e) || e.epoch == epoch {
 				return false
 			}
+			e.was = ""
 			e.box.State, e.box.Reason, e.box.EndedAt = sandbox.StateLost, lostReason, now
 			events = append(events, Event{Time: now, Type: "lost", NodeID: node, SandboxID: id, Message: lostReason})
 			return true

@@ -28,9 +28,14 @@ func (c *Control) Rollback(ctx context.Context, id sandbox.ID, snapshot string) 
 	}
 	ctx, cancel := context.WithTimeout(ctx, c.limits.CreateDeadline)
 	defer cancel()
+	permitted, release, err := c.permit(ctx, &h)
+	if err != nil {
+		return sandbox.Sandbox{}, err
+	}
+	defer release()
 	var resp *agentv1.RollbackResponse
-	err = c.settled(ctx, h, func(ctx context.Context) (err error) {
-		resp, err = h.agent.Rollback(ctx, &agentv1.RollbackRequest{Id: string(id), CheckpointId: b.ID})
+	err = c.settled(ctx, &h, func(ctx context.Context) (err error) {
+		resp, err = h.agent.Rollback(ctx, &agentv1.RollbackRequest{Id: string(id), CheckpointId: b.ID, Permitted: permitted})
 		return err
 	})
 	if err != nil {

@@ -50,6 +50,7 @@ func wishes(r *scheduler.Request, metadata map[string]string) error {
 // prepare fills in what the fleet knows about a request. It requires mu.
 func (f *fleet) prepare(r *scheduler.Request, now time.Time) {
 	r.Random, r.Now, r.Start = f.random, now, f.next
+	r.Fetch = r.Image != "" && f.fetchable(r.Image)
 	if f.policy.Strategy != scheduler.Sticky || r.Key == "" {
 		return
 	}

@@ -117,7 +117,7 @@ func (c *Control) CreateSnapshot(ctx context.Context, id sandbox.ID, req Snapsho
 // save has the node make a checkpoint, and gives up what may be there of one that did not succeed.
 func (c *Control) save(ctx context.Context, h held, msg *agentv1.SnapshotRequest) (*agentv1.Checkpoint, error) {
 	var resp *agentv1.SnapshotResponse
-	err := c.settled(ctx, h, func(ctx context.Context) (err error) {
+	err := c.settled(ctx, &h, func(ctx context.Context) (err error) {
 		resp, err = h.agent.Snapshot(ctx, msg)
 		return err
 	})

@@ -219,7 +219,7 @@ func TestRollback(t *testing.T) {
 	}
 }
 
-// TestSnapshotIsWhereItIs checks that nothing is asked of a node that has not what it would start from.
+// TestSnapshotIsWhereItIs checks that a node that has not what it would start from is only asked when the one that has is full.
 func TestSnapshotIsWhereItIs(t *testing.T) {
 	c := apitest.NewCluster(t, nil)
 	box := mustCreate(t, c, minute())
@@ -230,10 +230,14 @@ func TestSnapshotIsWhereItIs(t *testing.T) {
 		mustCreate(t, c, control.CreateRequest{Template: s.ID(), Timeout: time.Minute})
 	}
 	c.Node.Room = 1
-	if _, err := c.Control.Create(t.Context(), control.CreateRequest{Template: s.ID(), Timeout: time.Minute}); !errors.Is(err, sandbox.ErrExhausted) {
-		t.Errorf("its node is full: %v", err)
-	}
 	if n := len(second.Created()); n > 0 {
 		t.Errorf("the other node was asked %d times", n)
+	}
+	box, err := c.Control.Create(t.Context(), control.CreateRequest{Template: s.ID(), Timeout: time.Minute})
+	if err != nil || box.NodeID != "bbbbbb" {
+		t.Fatalf("its node is full: %s, %v", box.NodeID, err)
+	}
+	if peers := second.Created()[0].GetPeers(); len(peers) != 1 || peers[0].GetNodeId() != "aaaaaa" {
+		t.Errorf("it could get it from %v", peers)
 	}
 }

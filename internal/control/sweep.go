@@ -62,6 +62,9 @@ func (c *Control) sweep(ctx context.Context, r roll) error {
 			delete(left, b.ID)
 		}
 	}
+	for _, kept := range c.noted.allReplicas() {
+		delete(left, kept.Checkpoint)
+	}
 	agent, err := c.agent(r.node)
 	if err != nil {
 		return err

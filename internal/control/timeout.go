@@ -37,7 +37,7 @@ func (c *Control) moveEnd(ctx context.Context, id sandbox.ID, timeout time.Durat
 	ctx, cancel := context.WithTimeout(ctx, c.limits.CallDeadline)
 	defer cancel()
 	var resp *agentv1.SetTimeoutResponse
-	err = c.settled(ctx, h, func(ctx context.Context) (err error) {
+	err = c.settled(ctx, &h, func(ctx context.Context) (err error) {
 		resp, err = h.agent.SetTimeout(ctx, &agentv1.SetTimeoutRequest{
 			Id: string(id), Timeout: timeoutToWire(timeout), ExtendOnly: extend,
 		})
@@ -58,6 +58,9 @@ func (c *Control) live(ctx context.Context, id sandbox.ID) (sandbox.Sandbox, err
 	box, err := c.Get(ctx, id)
 	if err != nil {
 		return sandbox.Sandbox{}, err
+	}
+	if box.State == sandbox.StateLost && c.fleet.isDown(box.NodeID) { // it may come back
+		return sandbox.Sandbox{}, c.away(box)
 	}
 	if box.State.Ended() {
 		return sandbox.Sandbox{}, sandbox.NotFoundf("sandbox %s has ended (%s): %s", id, box.State, box.Reason)

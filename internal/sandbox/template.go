@@ -59,9 +59,16 @@ type Template struct {
 	// Builds are those that a tag means, those under way and the newest others; the newest first.
 	Builds []Build `json:"builds"`
 	// SourceSandbox is what a snapshot was saved from last.
-	SourceSandbox ID        `json:"source_sandbox,omitempty"`
-	CreatedAt     time.Time `json:"created_at"`
-	UpdatedAt     time.Time `json:"updated_at"`
+	SourceSandbox ID `json:"source_sandbox,omitempty"`
+	// Placement is how many nodes have it before it is asked for there: 0 for none, -1 for all; nil is as the cluster says.
+	Placement *int `json:"placement,omitempty"`
+	// NodeSelector, NodeAffinity and Tolerations say where its sandboxes may go, in the words of a create's metadata, which
+	// goes before them.
+	NodeSelector string    `json:"node_selector,omitempty"`
+	NodeAffinity string    `json:"node_affinity,omitempty"`
+	Tolerations  string    `json:"tolerations,omitempty"`
+	CreatedAt    time.Time `json:"created_at"`
+	UpdatedAt    time.Time `json:"updated_at"`
 }
 
 // Tag is what one tag of a template means.

@@ -119,6 +119,7 @@ func (n *Node) Pause(ctx context.Context, req *agentv1.PauseRequest) (*agentv1.P
 	}
 	n.allocated = n.allocated.Sub(amount(b))
 	b.PausedAt, b.PausedKind, b.PausedBytes, b.EndAt = timestamppb.Now(), req.GetKind(), 1<<20, nil
+	b.CheckpointId = checkpointOf(b)
 	n.turn(b, agentv1.State_STATE_PAUSED, "paused")
 	return &agentv1.PauseResponse{Sandbox: copyOf(b), Load: n.load()}, nil
 }
@@ -139,6 +140,8 @@ func (n *Node) Resume(ctx context.Context, req *agentv1.ResumeRequest) (*agentv1
 		return nil, refused("sandbox %s is %s", b.GetId(), b.GetState())
 	case req.GetCold() && b.GetPausedKind() != agentv1.CheckpointKind_CHECKPOINT_KIND_FILES:
 		return nil, connect.NewError(connect.CodeUnimplemented, errors.New("its memory was kept"))
+	case n.moving.guarded[b.GetId()] && !req.GetPermitted():
+		return nil, connect.NewError(connect.CodeUnavailable, errors.New("it may have been brought back elsewhere"))
 	case n.Room > 0 && n.runningBoxes() >= n.Room:
 		return nil, connect.NewError(connect.CodeResourceExhausted, fmt.Errorf("node %s has no room", n.ID))
 	}
@@ -148,6 +151,8 @@ func (n *Node) Resume(ctx context.Context, req *agentv1.ResumeRequest) (*agentv1
 	}
 	n.allocated = n.allocated.Add(amount(b))
 	n.saved.resumes++
+	n.guard(b.GetId(), false)
+	b.CheckpointId = ""
 	b.PausedAt, b.PausedKind, b.PausedBytes, b.EndAt = nil, 0, 0, endAt(time.Now(), req.GetTimeout())
 	if req.AutoPause != nil {
 		b.AutoPause = req.GetAutoPause()
@@ -222,7 +227,11 @@ func (n *Node) RemoveCheckpoint(_ context.Context, req *agentv1.RemoveCheckpoint
 
 // admitCheckpoint refuses a create from a checkpoint that the node has not. It requires mu.
 func (n *Node) admitCheckpoint(req *agentv1.CreateRequest) error {
-	if id := req.GetCheckpointId(); id != "" && n.saved.checkpoints[id] == nil {
+	id := req.GetCheckpointId()
+	if id != "" && n.saved.checkpoints[id] == nil && len(req.GetPeers()) > 0 {
+		n.saved.put(&agentv1.Checkpoint{Id: id})
+	}
+	if id != "" && n.saved.checkpoints[id] == nil {
 		return connect.NewError(connect.CodeNotFound, fmt.Errorf("checkpoint %s is not here", id))
 	}
 	return nil

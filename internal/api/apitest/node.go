@@ -43,8 +43,10 @@ type Node struct {
 	sequence  int64
 	builds    builds
 	created   []*agentv1.CreateRequest
+	madeIDs   []string // of created
 	removed   []string
 	saved     saved
+	moving    moving
 }
 
 // NewNode returns a node with room for a few thousand sandboxes.
@@ -145,11 +147,21 @@ func (n *Node) Create(ctx context.Context, req *agentv1.CreateRequest) (*agentv1
 	if n.err != nil {
 		return nil, n.err
 	}
+	if err := n.obtain(req); err != nil {
+		return nil, err
+	}
 	if err := n.admitCheckpoint(req); err != nil {
 		return nil, err
 	}
 	if n.Room > 0 && n.runningBoxes() >= n.Room {
 		return nil, connect.NewError(connect.CodeResourceExhausted, fmt.Errorf("node %s has no room", n.ID))
+	}
+	if key := req.GetIdempotencyKey(); key != "" {
+		for i, made := range n.created {
+			if b := n.boxes[n.madeIDs[i]]; b != nil && made.GetIdempotencyKey() == key {
+				return &agentv1.CreateResponse{Sandbox: copyOf(b), Load: n.load()}, nil
+			}
+		}
 	}
 	now := time.Now()
 	b := &agentv1.Sandbox{
@@ -157,12 +169,13 @@ func (n *Node) Create(ctx context.Context, req *agentv1.CreateRequest) (*agentv1
 		State: agentv1.State_STATE_RUNNING, Generation: 1, Resources: req.GetResources(), Metadata: req.GetMetadata(),
 		StartedAt: timestamppb.New(now), EndAt: endAt(now, req.GetTimeout()), Secure: req.GetSecure(),
 		AllowInternet: req.GetAllowInternet(), GuestVersion: GuestVersion,
-		AutoPause: req.GetAutoPause(), AutoPauseKind: req.GetAutoPauseKind(),
+		AutoPause: req.GetAutoPause(), AutoPauseKind: req.GetAutoPauseKind(), AutoResume: req.GetAutoResume(), Timeout: req.GetTimeout(), ImageDigest: req.GetImageDigest(),
 	}
 	n.remember(b, req)
 	n.boxes[b.GetId()] = b
 	n.allocated = n.allocated.Add(amount(b))
 	n.created = append(n.created, req)
+	n.madeIDs = append(n.madeIDs, b.GetId())
 	n.note(b, "started")
 	return &agentv1.CreateResponse{Sandbox: copyOf(b), Load: n.load()}, nil
 }

@@ -129,6 +129,22 @@ func (r *Records) PutNode(_ context.Context, n sandbox.Node) error {
 	return nil
 }
 
+// DeleteNode implements control's interface.
+func (r *Records) DeleteNode(_ context.Context, id sandbox.NodeID) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	delete(r.nodes, id)
+	return nil
+}
+
+// DeleteNodeSettings implements control's interface.
+func (r *Records) DeleteNodeSettings(_ context.Context, id sandbox.NodeID) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	delete(r.settings, id)
+	return nil
+}
+
 // Nodes implements control's interface.
 func (r *Records) Nodes(context.Context) ([]sandbox.Node, error) {
 	r.mu.Lock()

@@ -28,6 +28,7 @@ const (
 type Cluster struct {
 	Control *control.Control
 	Records *Records
+	Decided *Decided
 	Agents  *Agents
 	Node    *Node
 
@@ -40,7 +41,7 @@ type Cluster struct {
 func NewCluster(tb testing.TB, change func(*control.Config)) *Cluster {
 	tb.Helper()
 	c := &Cluster{
-		Records: NewRecords(), Agents: &Agents{nodes: make(map[sandbox.NodeID]agentv1connect.AgentServiceClient)},
+		Records: NewRecords(), Decided: NewDecided(), Agents: &Agents{nodes: make(map[sandbox.NodeID]agentv1connect.AgentServiceClient)},
 		Node: NewNode("aaaaaa"), epochs: make(map[sandbox.NodeID]int64), acked: make(map[sandbox.NodeID]int64),
 	}
 	c.uploads = tb.TempDir()
@@ -66,6 +67,7 @@ func (c *Cluster) Restart(tb testing.TB, change func(*control.Config)) {
 	tb.Helper()
 	cfg := control.Config{
 		Agents: c.Agents, Templates: c.Records, Nodes: c.Records, Settings: c.Records, Policies: c.Records, Secrets: c.Records, Keys: c.Records, History: c.Records,
+		Placements: c.Decided, Replicas: c.Decided, Intents: c.Decided, Pins: c.Decided,
 		Log: slog.New(slog.DiscardHandler), Random: rand.NewPCG(1, 2), UploadDir: c.uploads,
 		// Fake nodes report when a test tells them to, so their silence means nothing.
 		Limits: control.Limits{SuspectAfter: 24 * time.Hour, DownAfter: 48 * time.Hour},
@@ -83,10 +85,14 @@ func (c *Cluster) Restart(tb testing.TB, change func(*control.Config)) {
 // Join registers a node, connects it, and sends its full report.
 func (c *Cluster) Join(tb testing.TB, n *Node) {
 	tb.Helper()
+	n.mu.Lock()
+	n.moving.agents = c.Agents
+	images := n.imageDigests()
+	n.mu.Unlock()
 	resp, err := c.Control.Register(tb.Context(), &nodev1.RegisterRequest{
 		NodeId: string(n.ID), Name: "node-" + string(n.ID), Version: "test", Architecture: "amd64", Kernel: "6.1",
-		Engines: []*nodev1.Engine{{Name: "gvisor"}}, Capacity: resources(n.Capacity), ImageDigests: []string{BaseDigest},
-		CheckpointIds: n.Checkpoints(),
+		Engines: []*nodev1.Engine{{Name: "gvisor"}}, Capacity: resources(n.Capacity), ImageDigests: images,
+		CheckpointIds: n.Checkpoints(), ReplicaIds: n.Replicas(),
 	})
 	if err != nil {
 		tb.Fatal(err)

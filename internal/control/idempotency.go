@@ -1,0 +1,89 @@
+package control
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"time"
+
+	agentv1 "github.com/cloister-dev/cloister/internal/gen/agent/v1"
+	"github.com/cloister-dev/cloister/internal/sandbox"
+	"github.com/cloister-dev/cloister/internal/scheduler"
+)
+
+// pinnedFor is how long a request that names a key can be repeated.
+const pinnedFor = time.Hour
+
+// pinOf names a request that can be repeated: by its key, and by what it asks for.
+func pinOf(req *CreateRequest) (sandbox.Pin, error) {
+	asked := *req
+	asked.IdempotencyKey = ""
+	text, err := json.Marshal(asked)
+	if err != nil {
+		return sandbox.Pin{}, fmt.Errorf("encode request: %w", err)
+	}
+	return sandbox.Pin{Key: digest([]byte(req.IdempotencyKey)), Request: digest(text)}, nil
+}
+
+func digest(text []byte) string {
+	sum := sha256.Sum256(text)
+	return hex.EncodeToString(sum[:])
+}
+
+// dispatchPinned asks one node after the other, and notes before each which one it is: a repeated request goes to the node
+// that may have carried out the first. Only a clear refusal lets it go on to the next.
+// Errors: ErrConflict for a key that was used with another request.
+func (c *Control) dispatchPinned(ctx context.Context, pin sandbox.Pin, d scheduler.Decision, msg *agentv1.CreateRequest) (sandbox.Sandbox, error) {
+	ctx, cancel := context.WithTimeout(ctx, c.limits.CreateDeadline)
+	defer cancel()
+	candidates := d.Candidates
+	pin.Node = "none" // no node has this id: it is replaced before the first one is asked
+	if len(candidates) > 0 {
+		pin.Node = candidates[0]
+	}
+	kept, was, err := c.pins.Pin(ctx, pin, pinnedFor)
+	switch {
+	case err != nil:
+		return sandbox.Sandbox{}, fmt.Errorf("note the idempotency key: %w", err)
+	case kept.Request != pin.Request:
+		return sandbox.Sandbox{}, sandbox.Conflictf("the idempotency key was used with another request: use a new key for each request")
+	case was:
+		candidates = append([]sandbox.NodeID{kept.Node}, slices.DeleteFunc(slices.Clone(candidates), func(n sandbox.NodeID) bool { return n == kept.Node })...)
+	case len(candidates) == 0:
+		return sandbox.Sandbox{}, errors.Join(refusal(d), c.pins.Unpin(ctx, pin.Key))
+	}
+	var last error
+	for _, node := range candidates {
+		if node != kept.Node {
+			if err := c.pins.MovePin(ctx, kept, node); err != nil {
+				return sandbox.Sandbox{}, fmt.Errorf("note the idempotency key: %w", err)
+			}
+			kept.Node = node
+		}
+		box, err := c.createWith(ctx, node, msg)
+		if err == nil {
+			return box, nil
+		}
+		last = err
+		unclear := was && errors.Is(err, errNotAsked) // an earlier request may have reached it
+		if !declined(err) || unclear || ctx.Err() != nil {
+			break
+		}
+	}
+	if ctx.Err() == nil && !errors.Is(last, sandbox.ErrUnavailable) { // nothing was made: the key may be used again
+		if err := c.pins.Unpin(ctx, kept.Key); err != nil {
+			c.log.LogAttrs(ctx, slog.LevelWarn, "idempotency key not freed", errAttr(err))
+		}
+	}
+	return sandbox.Sandbox{}, fmt.Errorf("create sandbox from %s: %w", msg.GetTemplateName(), last)
+}
+
+// declined reports whether a node made nothing and another may.
+func declined(err error) bool {
+	return errors.Is(err, sandbox.ErrExhausted) || errors.Is(err, errNotThere) || errors.Is(err, errNotAsked)
+}

@@ -1,0 +1,161 @@
+package control
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"github.com/cloister-dev/cloister/internal/sandbox"
+)
+
+// NodeUnreachable notes that the link to a node broke. It gets no new sandboxes until it reports again, and counts as
+// silent from its last report on.
+func (c *Control) NodeUnreachable(id sandbox.NodeID) { c.fleet.cut(id, time.Now().UTC()) }
+
+// NodeReachable notes that a node has a link again. It is ready with its next report; what waited for it goes on at once.
+func (c *Control) NodeReachable(sandbox.NodeID) { c.strays.kick() }
+
+// heedTurn draws the conclusions of a change of a node's state.
+func (c *Control) heedTurn(ctx context.Context, t turn) {
+	switch {
+	case t.to == sandbox.NodeDown:
+		c.lose(ctx, t)
+	case t.from == sandbox.NodeDown && t.to == sandbox.NodeReady:
+		c.revive(ctx, t.node)
+	}
+}
+
+// lose marks what ran on a node that is down as lost. It is not given up: it runs on if the node was only cut off, and
+// nothing of it is started elsewhere.
+func (c *Control) lose(ctx context.Context, t turn) {
+	now := time.Now().UTC()
+	reason := fmt.Sprintf("its node %s does not answer since %s", t.name, now.Add(-t.silent).Format(time.DateTime+" MST"))
+	var events []Event
+	for _, id := range c.index.at(t.node, runsThere) {
+		c.index.change(id, now, func(e *entry) bool {
+			if e.box.NodeID != t.node || !runsThere(e) {
+				return false
+			}
+			e.was = e.box.State
+			e.box.State, e.box.Reason, e.box.EndedAt = sandbox.StateLost, reason, now
+			events = append(events, Event{Time: now, Type: "lost", NodeID: t.node, SandboxID: id, Message: reason})
+			return true
+		})
+	}
+	c.keep(ctx, events)
+}
+
+// runsThere reports whether a sandbox is lost with its node. One that is paused is not; one that is being moved is settled by
+// its placement.
+func runsThere(e *entry) bool {
+	switch e.box.State {
+	case sandbox.StateRunning, sandbox.StateCreating, sandbox.StatePausing, sandbox.StateResuming, sandbox.StateStopping:
+		return true
+	case sandbox.StatePaused, sandbox.StateStopped, sandbox.StateMigrating, sandbox.StateLost, sandbox.StateFailed, sandbox.StateDeleted:
+	}
+	return false
+}
+
+// lostThere reports whether a sandbox counts as lost because its node does not answer.
+func lostThere(e *entry) bool { return e.was != "" }
+
+// revive takes back what was concluded from a node's silence.
+func (c *Control) revive(ctx context.Context, node sandbox.NodeID) {
+	now := time.Now().UTC()
+	var events []Event
+	for _, id := range c.index.at(node, lostThere) {
+		c.index.change(id, now, func(e *entry) bool {
+			if e.box.NodeID != node || !lostThere(e) {
+				return false
+			}
+			e.box.State, e.box.Reason, e.box.EndedAt, e.was = e.was, "", time.Time{}, ""
+			events = append(events, Event{Time: now, Type: "found", NodeID: node, SandboxID: id, Message: "its node answers again"})
+			return true
+		})
+	}
+	c.keep(ctx, events)
+}
+
+// keep keeps events of the server's own.
+func (c *Control) keep(ctx context.Context, events []Event) {
+	if len(events) == 0 {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), c.limits.CallDeadline)
+	defer cancel()
+	if err := c.history.Append(ctx, events); err != nil {
+		c.log.LogAttrs(ctx, slog.LevelWarn, "events not kept", slog.Int("count", len(events)), errAttr(err))
+	}
+}
+
+// at returns the listed sandboxes of a node that are wanted.
+func (x *index) at(node sandbox.NodeID, want func(*entry) bool) []sandbox.ID {
+	var out []sandbox.ID
+	first, _ := ends()
+	x.scan(false, first, func(e *entry) bool {
+		if e.box.NodeID == node && want(e) {
+			out = append(out, e.box.ID)
+		}
+		return true
+	})
+	return out
+}
+
+// pausedBoxes returns the sandboxes that are paused.
+func (x *index) pausedBoxes() []sandbox.Sandbox {
+	x.mu.RLock()
+	defer x.mu.RUnlock()
+	out := make([]sandbox.Sandbox, 0, len(x.paused))
+	for id := range x.paused {
+		out = append(out, x.byID[id].box)
+	}
+	return out
+}
+
+// away says why a sandbox cannot be used whose node does not answer.
+func (c *Control) away(box sandbox.Sandbox) error {
+	if box.Reason != "" {
+		return sandbox.Unavailablef("sandbox %s cannot be reached: %s", box.ID, box.Reason)
+	}
+	return sandbox.Unavailablef("sandbox %s cannot be reached: its node %s does not answer", box.ID, box.NodeID)
+}
+
+// killLater has a sandbox killed when its node answers again; for everybody else it is gone from now on.
+func (c *Control) killLater(ctx context.Context, box sandbox.Sandbox) error {
+	k := sandbox.KillIntent{ID: box.ID, Node: box.NodeID, At: time.Now().UTC()}
+	if err := c.intents.PutKillIntent(ctx, k); err != nil {
+		return fmt.Errorf("kill sandbox %s: %w", box.ID, err)
+	}
+	c.noted.setKill(box.ID, &k)
+	c.buried(box.ID, "killed while its node did not answer")
+	c.note(ctx, Event{Type: "kill_wanted", NodeID: box.NodeID, SandboxID: box.ID, Message: "killed as soon as its node answers"})
+	return nil
+}
+
+// buried notes that a sandbox is no more, whatever its node says from now on.
+func (c *Control) buried(id sandbox.ID, reason string) {
+	now := time.Now().UTC()
+	c.index.change(id, now, func(e *entry) bool {
+		e.final, e.was = true, ""
+		if e.box.State == sandbox.StateDeleted {
+			return true // the node's report was faster
+		}
+		e.box.Generation++
+		e.box.State, e.box.Reason, e.box.EndedAt = sandbox.StateDeleted, reason, now
+		return true
+	})
+}
+
+// killWanted carries out an intent at a node that answers.
+func (c *Control) killWanted(ctx context.Context, k sandbox.KillIntent) error {
+	if err := c.killAt(ctx, k.Node, k.ID); err != nil && !errors.Is(err, sandbox.ErrNotFound) {
+		return err
+	}
+	if err := c.intents.DeleteKillIntent(ctx, k.ID); err != nil {
+		return fmt.Errorf("forget the intent to kill sandbox %s: %w", k.ID, err)
+	}
+	c.noted.setKill(k.ID, nil)
+	return nil
+}

@@ -1,0 +1,297 @@
+package control
+
+import (
+	"cmp"
+	"slices"
+	"time"
+
+	"github.com/cloister-dev/cloister/internal/sandbox"
+)
+
+// jobKind is what is to be done about copies.
+type jobKind string
+
+// The kinds of job, in the order of their urgency.
+const (
+	// jobRecover brings a paused sandbox back whose node is given up, at node; jobFinish goes on with that.
+	jobRecover jobKind = "recover"
+	jobFinish  jobKind = "finish"
+	// jobUnrecord removes a record that says nothing any more.
+	jobUnrecord jobKind = "unrecord"
+	// jobGuard copies what a sandbox is paused in to node, or to the bucket where node is empty.
+	jobGuard jobKind = "guard"
+	// jobSpread has node get what a template's build needs, with warm sandboxes where Warm is set.
+	jobSpread jobKind = "spread"
+	// jobForget has node drop a replica that no record names.
+	jobForget jobKind = "forget"
+)
+
+// job is one thing to do about copies. It is a value: carrying it out makes no choices.
+type job struct {
+	kind    jobKind
+	node    sandbox.NodeID
+	box     sandbox.Sandbox
+	replica sandbox.Replica
+	// template and build are what a jobSpread is about.
+	template sandbox.TemplateID
+	build    sandbox.Build
+	warm     bool
+	// checkpoint is what a jobForget is about.
+	checkpoint string
+}
+
+// key names the job, so that it is not begun twice and waits after a failure.
+func (j *job) key() string {
+	return string(j.kind) + "/" + string(j.node) + "/" + string(j.box.ID) + string(j.replica.ID) + j.build.ID + j.checkpoint
+}
+
+// nodeView is what the plan needs to know of a node.
+type nodeView struct {
+	id    sandbox.NodeID
+	arch  string
+	ready bool
+	// open means that it gets new things; givenUp that it does not answer and its sandboxes are brought back elsewhere.
+	open    bool
+	givenUp bool
+	// joined is set for a node that has come lately.
+	joined bool
+	// has is images and checkpoints, replicas the checkpoints that it keeps for other nodes, with since when that is known.
+	has      map[string]struct{}
+	replicas map[string]time.Time
+	load     float64
+}
+
+// copyView is everything that planCopies looks at.
+type copyView struct {
+	now       time.Time
+	nodes     []nodeView
+	paused    []sandbox.Sandbox
+	records   map[sandbox.ID]sandbox.Replica
+	templates []sandbox.Template
+	// popular are the builds that sandboxes were made from lately.
+	popular map[string]bool
+	limits  Limits
+	// skip says which jobs are under way or have just failed.
+	skip func(key string) bool
+}
+
+// forgetAfter is how long a replica without a record is kept: the record may be about to be written.
+const forgetAfter = time.Minute
+
+// planCopies says what to copy, bring back and drop, the most urgent first and at most so many. It is pure.
+func planCopies(v *copyView, most int) []job {
+	p := copyPlan{copyView: v, most: most}
+	p.recoveries()
+	p.guards()
+	p.spreads()
+	p.forgets()
+	return p.jobs
+}
+
+type copyPlan struct {
+	*copyView
+	most int
+	jobs []job
+}
+
+// add takes a job unless there are enough; it reports whether there is room for more.
+func (p *copyPlan) add(j job) bool {
+	if len(p.jobs) < p.most && !p.skip(j.key()) {
+		p.jobs = append(p.jobs, j)
+	}
+	return len(p.jobs) < p.most
+}
+
+func (p *copyPlan) node(id sandbox.NodeID) *nodeView {
+	i := slices.IndexFunc(p.nodes, func(n nodeView) bool { return n.id == id })
+	if i < 0 {
+		return nil
+	}
+	return &p.nodes[i]
+}
+
+// gone reports whether a node is unknown or given up.
+func (p *copyPlan) gone(id sandbox.NodeID) bool {
+	n := p.node(id)
+	return n == nil || n.givenUp
+}
+
+// best returns the least used of the nodes that ok says yes to.
+func (p *copyPlan) best(ok func(*nodeView) bool) *nodeView {
+	var out *nodeView
+	for i := range p.nodes {
+		n := &p.nodes[i]
+		if n.ready && ok(n) && (out == nil || cmp.Or(cmp.Compare(n.load, out.load), cmp.Compare(n.id, out.id)) < 0) {
+			out = n
+		}
+	}
+	return out
+}
+
+// recoveries brings back the paused sandboxes of nodes that are given up.
+func (p *copyPlan) recoveries() {
+	paused := make(map[sandbox.ID]*sandbox.Sandbox, len(p.paused))
+	for i := range p.paused {
+		paused[p.paused[i].ID] = &p.paused[i]
+	}
+	for _, r := range p.records {
+		home := p.node(r.Home)
+		switch {
+		case p.gone(r.Home):
+			if to := p.newHome(r); to != nil && !p.add(job{kind: jobRecover, node: to.id, replica: r}) {
+				return
+			}
+		case r.Returning && home.ready:
+			if !p.add(job{kind: jobFinish, node: r.Home, replica: r}) {
+				return
+			}
+		case !r.Returning && home.ready:
+			if box := paused[r.ID]; box == nil || box.NodeID != r.Home || box.Generation > r.Generation {
+				p.add(job{kind: jobUnrecord, replica: r})
+			}
+		}
+	}
+}
+
+// newHome returns the node that is to bring a sandbox back: one that has it or, from the bucket, any.
+func (p *copyPlan) newHome(r sandbox.Replica) *nodeView {
+	to := p.best(func(n *nodeView) bool {
+		return slices.Contains(r.Holders, n.id) && !p.skip((&job{kind: jobRecover, node: n.id, replica: r}).key())
+	})
+	if to == nil && r.Bucket {
+		to = p.best(func(n *nodeView) bool { return n.open && n.id != r.Home })
+	}
+	return to
+}
+
+// guards copies what sandboxes are paused in.
+func (p *copyPlan) guards() {
+	for i := range p.paused {
+		box := &p.paused[i]
+		home := p.node(box.NodeID)
+		if box.Checkpoint == "" || home == nil || !home.ready {
+			continue
+		}
+		r := p.records[box.ID]
+		if r.Generation != box.Generation {
+			r = sandbox.Replica{}
+		}
+		if p.limits.Bucket && !r.Bucket && !p.add(job{kind: jobGuard, box: *box, replica: r}) {
+			return
+		}
+		if to := p.nextHolder(box, home, r); to != nil && !p.add(job{kind: jobGuard, node: to.id, box: *box, replica: r}) {
+			return
+		}
+	}
+}
+
+// nextHolder returns the node that is to keep a copy, or nil where there are enough.
+func (p *copyPlan) nextHolder(box *sandbox.Sandbox, home *nodeView, r sandbox.Replica) *nodeView {
+	count := 1
+	for _, h := range r.Holders {
+		count += btoi(!p.gone(h))
+	}
+	if count >= p.limits.SnapshotReplicas {
+		return nil
+	}
+	return p.best(func(n *nodeView) bool {
+		return n.open && n.id != box.NodeID && n.arch == home.arch && !slices.Contains(r.Holders, n.id) &&
+			!p.skip((&job{kind: jobGuard, node: n.id, box: *box, replica: r}).key())
+	})
+}
+
+// spreads has nodes get templates and snapshots before they are asked for there.
+func (p *copyPlan) spreads() {
+	for i := range p.templates {
+		t := &p.templates[i]
+		for _, b := range t.Builds {
+			if b.State == sandbox.BuildReady && tagged(t, b.ID) && !p.spread(t, b) {
+				return
+			}
+		}
+	}
+}
+
+func tagged(t *sandbox.Template, build string) bool {
+	for _, tag := range t.Tags {
+		if tag.BuildID == build {
+			return true
+		}
+	}
+	return false
+}
+
+// wanted is how many nodes are to have a template; -1 is all.
+func (p *copyPlan) wanted(t *sandbox.Template) int {
+	n := p.limits.TemplatePlacement
+	if t.Placement != nil {
+		n = *t.Placement
+	}
+	if t.Kind == sandbox.TemplateSnapshot && n >= 0 {
+		n = max(n, p.limits.SnapshotReplicas)
+	}
+	return n
+}
+
+func (p *copyPlan) spread(t *sandbox.Template, b sandbox.Build) bool {
+	key := b.ImageDigest
+	if b.Checkpoint != "" {
+		key = b.ID
+	}
+	count, arch := 0, ""
+	for i := range p.nodes {
+		if n := &p.nodes[i]; n.ready && n.hasBuild(b) {
+			count, arch = count+1, n.arch
+		}
+	}
+	if count == 0 || key == "" {
+		return true // nobody has it: there is nothing to copy from
+	}
+	want := p.wanted(t)
+	for i := range p.nodes {
+		n := &p.nodes[i]
+		if !n.ready || !n.open || n.arch != arch || n.hasBuild(b) {
+			continue
+		}
+		warm := n.joined && p.popular[b.ID]
+		if !warm && want >= 0 && count >= want {
+			continue
+		}
+		count++
+		if !p.add(job{kind: jobSpread, node: n.id, template: t.ID, build: b, warm: warm}) {
+			return false
+		}
+	}
+	return true
+}
+
+func (n *nodeView) hasBuild(b sandbox.Build) bool {
+	_, image := n.has[b.ImageDigest]
+	if b.Checkpoint == "" {
+		return image
+	}
+	_, saved := n.has[b.ID]
+	return saved
+}
+
+// forgets drops the replicas that nothing needs: their sandbox runs, is no more, or is elsewhere.
+func (p *copyPlan) forgets() {
+	needed := make(map[string]struct{}, len(p.records)+len(p.paused))
+	for _, r := range p.records {
+		needed[r.Checkpoint] = struct{}{}
+	}
+	for i := range p.paused {
+		needed[p.paused[i].Checkpoint] = struct{}{}
+	}
+	for i := range p.nodes {
+		n := &p.nodes[i]
+		for id, since := range n.replicas {
+			if _, ok := needed[id]; ok || !n.ready || p.now.Sub(since) < forgetAfter {
+				continue
+			}
+			if !p.add(job{kind: jobForget, node: n.id, checkpoint: id}) {
+				return
+			}
+		}
+	}
+}
