@@ -57,7 +57,7 @@ func (b *bucketed) document(ctx context.Context, name string, most int) ([]byte,
 	return raw, nil
 }
 
-func (b *bucketed) image(ctx context.Context, digest string, from int64) (*image.Image, readCloser, error) {
+func (b *bucketed) openImage(ctx context.Context, digest string, from int64) (*image.Image, io.ReadCloser, error) {
 	raw, err := b.document(ctx, bucketImage(digest, bucketRecord), image.MaxRecord)
 	if err != nil {
 		return nil, nil, err
@@ -76,12 +76,12 @@ func (b *bucketed) image(ctx context.Context, digest string, from int64) (*image
 	return &im, patient(ctx, b, body), nil
 }
 
-func (b *bucketed) checkpoint(ctx context.Context, id string, at snapshot.Position) (*snapshot.Head, readCloser, error) {
+func (b *bucketed) openCheckpoint(ctx context.Context, id string, at snapshot.Position) (*snapshot.Head, io.ReadCloser, error) {
 	head, err := b.head(ctx, id)
 	if err != nil {
 		return nil, nil, err
 	}
-	c := &chain{from: at.Frames, open: func(name string, from int64) (readCloser, error) {
+	c := &chain{from: at.Frames, open: func(name string, from int64) (io.ReadCloser, error) {
 		body, err := b.store.Get(ctx, bucketSave(id, "files/"+name), from)
 		if err != nil {
 			return nil, err
@@ -108,8 +108,8 @@ func (b *bucketed) head(ctx context.Context, id string) (*snapshot.Head, error) 
 type chain struct {
 	names []string
 	from  int64
-	open  func(name string, from int64) (readCloser, error)
-	body  readCloser
+	open  func(name string, from int64) (io.ReadCloser, error)
+	body  io.ReadCloser
 }
 
 func (c *chain) Read(p []byte) (int, error) {

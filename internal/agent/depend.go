@@ -30,10 +30,15 @@ type images interface {
 	Remove(ctx context.Context, digest string) error
 	List(ctx context.Context) ([]image.Image, error)
 	Recover(ctx context.Context) error
+	imageMover
+	composer
+}
+
+// imageMover moves images from and to other nodes.
+type imageMover interface {
 	Open(ctx context.Context, digest string) (image.Image, *os.File, error)
 	Import(ctx context.Context, digest string) (*image.Import, error)
 	SweepPartial(ctx context.Context) error
-	composer
 }
 
 // checkpoints keeps what sandboxes were saved as.
@@ -46,6 +51,11 @@ type checkpoints interface {
 	Remove(id string) error
 	Recover(ctx context.Context) error
 	Bytes() int64
+	checkpointMover
+}
+
+// checkpointMover gets checkpoints from other nodes, and has what came along with them.
+type checkpointMover interface {
 	Import(id string) (*snapshot.Import, error)
 	Parcel(id string) ([]byte, error)
 	Sweep(ctx context.Context) error

@@ -190,7 +190,7 @@ func (a *Agent) getImage(ctx context.Context, digest string, from sources) (move
 	defer im.Close()
 	var record *image.Image
 	moved, err = a.fromAny(ctx, "image "+digest, from, func(ctx context.Context, o origin) (int64, error) {
-		r, body, err := o.image(ctx, digest, im.Have())
+		r, body, err := o.openImage(ctx, digest, im.Have())
 		if err != nil {
 			return 0, err
 		}
@@ -275,7 +275,7 @@ func receiveFrom(ctx context.Context, o origin, im *snapshot.Import, id string) 
 		if err != nil || !more {
 			return 0, err
 		}
-		head, body, err := o.checkpoint(ctx, id, at)
+		head, body, err := o.openCheckpoint(ctx, id, at)
 		if err != nil {
 			return 0, err
 		}

@@ -44,7 +44,7 @@ func serveTLS(b *testing.B, n *node) tlsPeer {
 		Certificates: []tls.Certificate{{Certificate: [][]byte{raw}, PrivateKey: key}}, MinVersion: tls.VersionTLS13,
 	})
 	n.m.check(err)
-	srv := &http.Server{Handler: n.Artifacts()} //nolint:gosec // of a test
+	srv := &http.Server{Handler: n.Artifacts()}
 	go func() { _ = srv.Serve(l) }()            // ends with the server
 	b.Cleanup(func() { _ = srv.Close() })
 	leaf, err := x509.ParseCertificate(raw)

@@ -96,6 +96,8 @@ type wire struct {
 	mu    sync.Mutex
 	nodes map[sandbox.NodeID]*node
 	dials int
+	// image is one that the first node has.
+	image string
 	// spoil may put something around each connection, from the side of who dials.
 	spoil func(net.Conn) net.Conn
 }
@@ -122,7 +124,7 @@ func (w *wire) DialPeer(_ context.Context, id sandbox.NodeID, _ string) (net.Con
 		return nil, sandbox.NotFoundf("node %s is not known", id)
 	}
 	near, far := net.Pipe()
-	srv := &http.Server{Handler: n.Artifacts()}          //nolint:gosec // of a test
+	srv := &http.Server{Handler: n.Artifacts()}
 	go func() { _ = srv.Serve(&oneConn{conn: far}) }() // ends with the listener
 	if w.spoil != nil {
 		near = w.spoil(near)

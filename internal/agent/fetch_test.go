@@ -31,16 +31,17 @@ func long(n int) string {
 }
 
 // pair is two nodes that reach each other, the first with an image, and a checkpoint of a sandbox with that much on its disk.
-func pair(m, other *machine, size int) (n, to *node, w *wire, digest string) {
-	digest, w = m.realImages("image"), newWire()
+func pair(m, other *machine, size int) (n, to *node, w *wire) {
+	w = newWire()
+	w.image = m.realImages("image")
 	other.realImages("")
 	m.peers, other.peers = w, w
 	n, to = m.boot(), other.boot()
-	id := n.create(func(r *agentv1.CreateRequest) { r.ImageDigest = digest })
+	id := n.create(func(r *agentv1.CreateRequest) { r.ImageDigest = w.image })
 	m.put(id, "mem", long(size))
 	_, err := n.save(id, "snap-1", kindMemory)
 	m.check(err)
-	return n, to, w, digest
+	return n, to, w
 }
 
 func (n *node) fetch(id string, replica bool, peers ...*agentv1.Peer) (*agentv1.FetchResponse, error) {
@@ -50,7 +51,8 @@ func (n *node) fetch(id string, replica bool, peers ...*agentv1.Peer) (*agentv1.
 func TestFetchCheckpoint(t *testing.T) {
 	bubbles(t, func(m, other *machine) {
 		t := m.t
-		n, to, w, digest := pair(m, other, 3<<20)
+		n, to, w := pair(m, other, 3<<20)
+		digest := w.image
 		resp, err := to.fetch("snap-1", false, w.add(n)...)
 		m.check(err)
 		if c := resp.GetCheckpoint(); resp.GetMovedBytes() < 3<<20 || c.GetId() != "snap-1" || c.GetImageDigest() != digest {
@@ -94,7 +96,8 @@ func TestFetchImage(t *testing.T) {
 	bubbles(t, func(m, other *machine) {
 		t := m.t
 		other.cfg.WarmMin, other.cfg.WarmMax = 2, 2
-		n, to, w, digest := pair(m, other, 10)
+		n, to, w := pair(m, other, 10)
+		digest := w.image
 		fetch := func() int64 {
 			resp, err := to.Fetch(t.Context(), &agentv1.FetchRequest{
 				ImageDigest: digest, TemplateId: template, Warm: toWireResources(small()), Peers: w.add(n),
@@ -125,7 +128,8 @@ func TestFetchImage(t *testing.T) {
 func TestCreateFetches(t *testing.T) {
 	bubbles(t, func(m, other *machine) {
 		t := m.t
-		n, to, w, digest := pair(m, other, 1<<20)
+		n, to, w := pair(m, other, 1<<20)
+		digest := w.image
 		peers := w.add(n)
 		lacking := func(r *agentv1.CreateRequest) { r.ImageDigest, r.Peers = digest, peers }
 		var wg sync.WaitGroup
@@ -157,7 +161,8 @@ func TestCreateFetches(t *testing.T) {
 func TestFetchReplica(t *testing.T) {
 	bubbles(t, func(m, other *machine) {
 		t := m.t
-		n, to, w, digest := pair(m, other, 10)
+		n, to, w := pair(m, other, 10)
+		digest := w.image
 		id := n.create(func(r *agentv1.CreateRequest) { r.ImageDigest = digest })
 		m.put(id, "mem", "disk")
 		m.check(n.pauseIt(id, kindMemory))
@@ -200,7 +205,8 @@ func TestFetchReplica(t *testing.T) {
 func TestForgetReplica(t *testing.T) {
 	bubbles(t, func(m, other *machine) {
 		t := m.t
-		n, to, w, digest := pair(m, other, 10)
+		n, to, w := pair(m, other, 10)
+		digest := w.image
 		id := n.create(func(r *agentv1.CreateRequest) { r.ImageDigest = digest })
 		m.check(n.pauseIt(id, kindMemory))
 		saved := n.recordOf(id).Checkpoint
@@ -225,7 +231,7 @@ func TestFetchGoesOn(t *testing.T) {
 	bubbles(t, func(m, other *machine) {
 		t := m.t
 		const size = 12 << 20
-		n, to, w, _ := pair(m, other, size)
+		n, to, w := pair(m, other, size)
 		rng := rand.New(rand.NewPCG(1, 2))
 		moved := 0
 		w.spoil = func(c net.Conn) net.Conn {
@@ -274,7 +280,8 @@ func TestFetchGoesOn(t *testing.T) {
 func TestFetchThatFails(t *testing.T) {
 	bubbles(t, func(m, other *machine) {
 		t := m.t
-		n, to, w, digest := pair(m, other, 1<<20)
+		n, to, w := pair(m, other, 1<<20)
+		digest := w.image
 		peers := w.add(n)
 		gone := &agentv1.Peer{NodeId: "nobody"}
 		for name, c := range map[string]struct {
@@ -347,7 +354,8 @@ func TestBucket(t *testing.T) {
 	}
 	m, other := newMachine(t), newMachine(t)
 	m.bucket, other.bucket = b, b
-	n, to, _, digest := pair(m, other, 6<<20)
+	n, to, w := pair(m, other, 6<<20)
+	digest := w.image
 	id := n.create(func(r *agentv1.CreateRequest) { r.ImageDigest = digest })
 	m.put(id, "mem", "disk")
 	m.check(n.pauseIt(id, kindMemory))

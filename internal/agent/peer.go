@@ -17,15 +17,13 @@ import (
 	"github.com/cloister-dev/cloister/internal/snapshot"
 )
 
-type readCloser = io.ReadCloser
-
 // origin is somebody who may have artifacts.
 type origin interface {
 	fmt.Stringer
-	// image returns what an image is, and its file from an offset on.
-	image(ctx context.Context, digest string, from int64) (*image.Image, readCloser, error)
-	// checkpoint returns what a checkpoint is, and the frames of its files from a place on.
-	checkpoint(ctx context.Context, id string, at snapshot.Position) (*snapshot.Head, readCloser, error)
+	// openImage returns what an image is, and its file from an offset on.
+	openImage(ctx context.Context, digest string, from int64) (*image.Image, io.ReadCloser, error)
+	// openCheckpoint returns what a checkpoint is, and the frames of its files from a place on.
+	openCheckpoint(ctx context.Context, id string, at snapshot.Position) (*snapshot.Head, io.ReadCloser, error)
 }
 
 // origins returns who may have artifacts, in the order in which they are asked.
@@ -53,7 +51,7 @@ type peer struct {
 
 func (p *peer) String() string { return "node " + p.wire.GetNodeId() }
 
-func (p *peer) image(ctx context.Context, digest string, from int64) (*image.Image, readCloser, error) {
+func (p *peer) openImage(ctx context.Context, digest string, from int64) (*image.Image, io.ReadCloser, error) {
 	raw, body, err := p.get(ctx, "/images/"+digest, url.Values{"from": {strconv.FormatInt(from, 10)}}, image.MaxRecord)
 	if err != nil {
 		return nil, nil, err
@@ -66,7 +64,7 @@ func (p *peer) image(ctx context.Context, digest string, from int64) (*image.Ima
 	return &im, body, nil
 }
 
-func (p *peer) checkpoint(ctx context.Context, id string, at snapshot.Position) (*snapshot.Head, readCloser, error) {
+func (p *peer) openCheckpoint(ctx context.Context, id string, at snapshot.Position) (*snapshot.Head, io.ReadCloser, error) {
 	query := url.Values{"file": {at.File}, "from": {strconv.FormatInt(at.Offset, 10)}}
 	raw, body, err := p.get(ctx, "/checkpoints/"+id, query, snapshot.MaxHead)
 	if err != nil {
@@ -82,7 +80,7 @@ func (p *peer) checkpoint(ctx context.Context, id string, at snapshot.Position) 
 
 // get asks for an artifact, and returns its head and the rest of the answer. Whoever is asked may do nothing for a while,
 // but not for longer.
-func (p *peer) get(ctx context.Context, path string, query url.Values, most int) (head []byte, body readCloser, err error) {
+func (p *peer) get(ctx context.Context, path string, query url.Values, most int) (head []byte, body io.ReadCloser, err error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	transport := &http.Transport{
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
@@ -102,7 +100,7 @@ func (p *peer) get(ctx context.Context, path string, query url.Values, most int)
 	if err != nil {
 		return nil, nil, sandbox.Invalidf("ask %s for %.200q: %v", p, path, err)
 	}
-	resp, err := transport.RoundTrip(req)
+	resp, err := transport.RoundTrip(req) //nolint:bodyclose // the answer closes it
 	if err != nil {
 		return nil, nil, p.lost(err)
 	}
@@ -141,14 +139,14 @@ func refusal(status int, body io.Reader) error {
 
 // patientReader is a body that is given up when nothing comes for a while.
 type patientReader struct {
-	body   readCloser
+	body   io.ReadCloser
 	ctx    context.Context //nolint:containedctx // the request's; says why the body ended
 	timer  *time.Timer
 	cancel context.CancelCauseFunc
 }
 
 // patient returns a body of what an origin sends.
-func patient(ctx context.Context, o origin, body readCloser) *patientReader {
+func patient(ctx context.Context, o origin, body io.ReadCloser) *patientReader {
 	ctx, cancel := context.WithCancelCause(ctx)
 	b := &patientReader{cancel: cancel}
 	b.watch(ctx, o, body)
@@ -156,7 +154,7 @@ func patient(ctx context.Context, o origin, body readCloser) *patientReader {
 }
 
 // watch begins to read a body, which ends when it is closed.
-func (b *patientReader) watch(ctx context.Context, o origin, body readCloser) {
+func (b *patientReader) watch(ctx context.Context, o origin, body io.ReadCloser) {
 	b.body, b.ctx = body, ctx
 	b.timer = time.AfterFunc(stallTimeout, func() {
 		b.cancel(sandbox.Unavailablef("%s has sent nothing for %v", o, stallTimeout))

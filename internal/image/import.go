@@ -106,7 +106,7 @@ func (im *Import) open(ctx context.Context) error {
 		return err
 	}
 	var err error
-	im.file, err = os.OpenFile(filepath.Join(im.dir, rootfsFile), os.O_RDWR|os.O_CREATE, 0o600) //nolint:gosec // a file of the store's own
+	im.file, err = os.OpenFile(filepath.Join(im.dir, rootfsFile), os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return err
 	}

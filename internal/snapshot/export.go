@@ -84,7 +84,7 @@ func (s *Store) Parcel(id string) ([]byte, error) {
 		return nil, err
 	}
 	defer h.Release()
-	raw, err := os.ReadFile(filepath.Join(s.path(id), parcelFile)) //nolint:gosec // below our own directory
+	raw, err := os.ReadFile(filepath.Join(s.path(id), parcelFile))
 	if os.IsNotExist(err) {
 		return nil, sandbox.NotFoundf("nothing came along with checkpoint %s", id)
 	}
