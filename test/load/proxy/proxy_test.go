@@ -27,11 +27,21 @@ const (
 // guest is the one sandbox of these measurements: a server on loopback.
 type guest struct{ addr string }
 
-func (guest) Route(_ context.Context, id sandbox.ID) (proxy.Route, error) {
-	return proxy.Route{ID: id, State: sandbox.StateRunning, Generation: 1}, nil
+func (guest) Route(_ context.Context, id sandbox.ID) (sandbox.Route, error) {
+	return sandbox.Route{ID: id, State: sandbox.StateRunning, Generation: 1}, nil
 }
 
-func (g guest) DialGuest(ctx context.Context, _ sandbox.ID, _ uint16) (net.Conn, error) {
+// Await waits for news, of which there is none.
+func (guest) Await(ctx context.Context, _ sandbox.ID, _ sandbox.Route) (sandbox.Route, error) {
+	<-ctx.Done()
+	return sandbox.Route{}, ctx.Err()
+}
+
+// Wake has nothing to do.
+func (g guest) Wake(ctx context.Context, id sandbox.ID) (sandbox.Route, error) { return g.Route(ctx, id) }
+
+//nolint:revive // as in the interface
+func (g guest) DialGuest(ctx context.Context, _ sandbox.NodeID, _ sandbox.ID, _ uint16) (net.Conn, error) {
 	var d net.Dialer
 	return d.DialContext(ctx, "tcp", g.addr)
 }
