@@ -414,11 +414,12 @@ func (a *Agent) replicas() (ids []string) {
 
 // ownerOf returns the sandbox that is paused or migrating in a checkpoint; nil where none is.
 func (a *Agent) ownerOf(id string) *instance {
-	i := slices.IndexFunc(a.instances(), func(in *instance) bool { return in.record().Checkpoint == id })
-	if i < 0 {
-		return nil
+	for _, in := range a.instances() {
+		if in.record().Checkpoint == id {
+			return in
+		}
 	}
-	return a.instances()[i]
+	return nil
 }
 
 // sweepParts deletes parts of artifacts that nobody gets any more, every so often.

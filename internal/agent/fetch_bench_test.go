@@ -45,7 +45,7 @@ func serveTLS(b *testing.B, n *node) tlsPeer {
 	})
 	n.m.check(err)
 	srv := &http.Server{Handler: n.Artifacts()}
-	go func() { _ = srv.Serve(l) }()            // ends with the server
+	go func() { _ = srv.Serve(l) }() // ends with the server
 	b.Cleanup(func() { _ = srv.Close() })
 	leaf, err := x509.ParseCertificate(raw)
 	n.m.check(err)

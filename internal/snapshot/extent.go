@@ -94,7 +94,7 @@ func isZero(chunk []byte, at int) bool {
 }
 
 func putHeader(frame []byte, off int64, n int) {
-	binary.BigEndian.PutUint64(frame, uint64(off)) //nolint:gosec // an offset in a file
+	binary.BigEndian.PutUint64(frame, uint64(off))   //nolint:gosec // an offset in a file
 	binary.BigEndian.PutUint32(frame[8:], uint32(n)) //nolint:gosec // at most a chunk
 }
 
