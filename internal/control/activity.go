@@ -2,6 +2,7 @@ package control
 
 import (
 	"context"
+	"log/slog"
 	"maps"
 	"sync"
 	"time"
@@ -126,6 +127,19 @@ func (a *activity) prune(now time.Time, known func(sandbox.ID) bool) {
 // is false while a proxy has not reported in time: the truth may then be more.
 func (c *Control) Activity(id sandbox.ID) (open int, last time.Time, complete bool) {
 	return c.activity.of(id, time.Now())
+}
+
+// expectProxies notes the proxies that have joined, which may not have found this server yet.
+func (c *Control) expectProxies(ctx context.Context) {
+	all, err := c.ListMembers(ctx)
+	if err != nil {
+		c.log.LogAttrs(ctx, slog.LevelWarn, "proxies not known: idle sandboxes are not told from used ones until they report", errAttr(err))
+	}
+	for _, m := range all {
+		if m.Role == sandbox.RoleProxy {
+			c.activity.expect(m.ID)
+		}
+	}
 }
 
 // ExpectProxy notes that a proxy belongs to the cluster: until it reports nothing is known to be idle. One that is silent

@@ -117,8 +117,8 @@ func (c *Control) rouseOnce(ctx context.Context, box sandbox.Sandbox) (route san
 		_, err := c.Await(ctx, box.ID, box.Route())
 		return sandbox.Route{}, err != nil, err
 	}
-	if !box.AutoResume {
-		return sandbox.Route{}, true, sandbox.Conflictf("sandbox %s is %s, and was created without auto-resume: connect to it to resume it", box.ID, box.State)
+	if !box.Route().AutoResume {
+		return sandbox.Route{}, true, sandbox.Conflictf("sandbox %s is %s and cannot be resumed by a request: connect to it to resume it", box.ID, box.State)
 	}
 	h, err := c.hold(ctx, box.ID)
 	if err != nil {

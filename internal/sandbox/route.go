@@ -25,7 +25,8 @@ func (r Route) News(seen Route) bool {
 // Route returns what traffic needs to know of the sandbox.
 func (b *Sandbox) Route() Route {
 	return Route{
-		ID: b.ID, Node: b.NodeID, State: b.State, Reason: b.Reason, Generation: b.Generation, Secure: b.Secure, AutoResume: b.AutoResume,
+		ID: b.ID, Node: b.NodeID, State: b.State, Reason: b.Reason, Generation: b.Generation, Secure: b.Secure,
+		AutoResume: b.AutoResume && b.PausedKind != CheckpointFiles, // its processes are not there for a request to meet
 	}
 }
 

@@ -73,13 +73,12 @@ func (n *newSandbox) request(timeout int64, secure bool) (control.CreateRequest,
 	return control.CreateRequest{
 		Template: n.TemplateID, Metadata: n.Metadata, Env: n.EnvVars, Timeout: life,
 		Secure: secure || n.Secure, AllowInternet: internet, AutoPause: n.AutoPause, AutoPauseKind: kind(n.AutoPauseMemory),
+		AutoResume: n.AutoResume.Enabled,
 	}, nil
 }
 
 func (n *newSandbox) checkSupported() error {
 	switch {
-	case n.AutoResume.Enabled:
-		return notSupported("autoResume: resuming a paused sandbox when traffic for it arrives")
 	case len(n.VolumeMounts) > 0:
 		return notSupported("volumeMounts: mounting volumes")
 	case len(n.IAM.Tokens) > 0:

@@ -164,7 +164,7 @@ func (s *server) detailToWire(b sandbox.Sandbox) detailWire {
 	w := detailWire{
 		listedWire: listedToWire(b), Reason: b.Reason, EnvdAccessToken: s.control.AccessToken(b), Domain: s.domain,
 		AllowInternetAccess: b.AllowInternet, Network: networkWire{AllowPublicTraffic: true},
-		Lifecycle: lifecycleWire{OnTimeout: "kill"},
+		Lifecycle: lifecycleWire{OnTimeout: "kill", AutoResume: b.AutoResume},
 	}
 	if b.AutoPause {
 		w.Lifecycle.OnTimeout = "pause"
