@@ -67,6 +67,20 @@ func (c *crash) end() {
 	c.journal()
 }
 
+// arm begins to count steps; when it ends, whatever comes is after the process's end.
+func (c *crash) arm(on bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.armed, c.gone = on, !on
+}
+
+// crashes puts a crash in front of what the machine's next process works with.
+func (m *machine) crashes(c *crash) {
+	m.engine = func(e engine.Engine) engine.Engine { return crashEngine{e, c} }
+	m.saves = func(s checkpoints) checkpoints { return crashSaves{s, c} }
+	m.network = func(f *fakeNet) network { return crashNet{f, c} }
+}
+
 // crashEngine, crashSaves and crashNet put a crash in front of what the agent works with.
 type crashEngine struct {
 	engine.Engine
@@ -280,9 +294,7 @@ type crashTrial struct {
 // run returns what the next process finds of the sandbox, after all has settled.
 func (k *crashTrial) run() string {
 	m := k.m
-	m.engine = func(e engine.Engine) engine.Engine { return crashEngine{e, k.c} }
-	m.saves = func(s checkpoints) checkpoints { return crashSaves{s, k.c} }
-	m.network = func(f *fakeNet) network { return crashNet{f, k.c} }
+	m.crashes(k.c)
 	n := m.boot()
 	k.c.journal = func() { _ = n.jour.Close() }
 	id := n.create()
@@ -292,16 +304,12 @@ func (k *crashTrial) run() string {
 	m.put(id, "new", "new")
 	m.check(k.prepare(n, id))
 	synctest.Wait()
-	k.c.mu.Lock()
-	k.c.armed = true
-	k.c.mu.Unlock()
+	k.c.arm(true)
 	if err := k.act(n, id); err != nil && k.c.at < 0 {
 		m.t.Error(err)
 	}
 	synctest.Wait()
-	k.c.mu.Lock()
-	k.c.armed, k.c.gone = false, true // whatever comes now is after the end
-	k.c.mu.Unlock()
+	k.c.arm(false)
 	_ = n.jour.Close()
 	n.down()
 	if k.reboot {
@@ -311,7 +319,7 @@ func (k *crashTrial) run() string {
 		m.net.wipe()
 	}
 	k.steps = k.c.steps
-	k.c = &crash{at: -1}
+	m.crashes(&crash{at: -1})
 	next := m.boot()
 	pass(time.Minute)
 	next.verify()

@@ -183,13 +183,21 @@ func (a *Agent) joinKey(in *instance) {
 //
 // Preconditions: the caller holds in.op.
 func (a *Agent) unreceive(ctx context.Context, in *instance) error {
-	id := in.record().Checkpoint
+	r := in.record()
 	if err := a.clear(context.WithoutCancel(ctx), in); err != nil {
 		in.setLeft(true)
 		return err
 	}
-	a.dropLater(id)
+	a.dropFetched(&r)
 	return nil
+}
+
+// dropFetched deletes what a copy of a sandbox would have gone on from, unless that was here before as a replica.
+func (a *Agent) dropFetched(r *journal.Record) {
+	if m, err := a.saves.Get(r.Checkpoint); err == nil && m.Replica && r.Received {
+		return
+	}
+	a.dropLater(r.Checkpoint)
 }
 
 // Forget drops a copy of a sandbox that is not the one that counts, or what is kept of a sandbox of another node.
@@ -247,7 +255,7 @@ func (a *Agent) dropCopy(ctx context.Context, in *instance) error {
 	}
 	a.announce()
 	a.drop(in)
-	a.dropLater(r.Checkpoint)
+	a.dropFetched(&r)
 	a.log.InfoContext(ctx, "copy of a sandbox dropped", slog.String("op", "forget"), slog.String("sandbox_id", string(in.id)),
 		slog.Int64("generation", r.Generation))
 	return nil
