@@ -285,7 +285,7 @@ func removeLeftovers(tb testing.TB) {
 				removeSpaces(tb, filepath.Base(path))
 				continue
 			}
-			killAll(processesOf(path), syscall.SIGKILL)
+			end(tb, path)
 			purge(tb, path)
 		}
 	}

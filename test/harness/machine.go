@@ -124,10 +124,32 @@ func (m *Machine) Signal(sig os.Signal) {
 // Kill ends everything that runs in the machine at once, sandboxes too, as a power failure does.
 func (m *Machine) Kill() {
 	m.lab.tb.Helper()
-	killAll(processesOf(m.Dir), syscall.SIGKILL)
+	end(m.lab.tb, m.Dir)
 	if m.cmd != nil {
 		_ = m.cmd.Wait() // it was killed
 		m.cmd = nil
+	}
+}
+
+// end kills everything of a machine and waits until it is gone: also what was being started, and what takes time to end.
+func end(tb testing.TB, dir string) {
+	tb.Helper()
+	deadline := time.NewTimer(20 * time.Second)
+	defer deadline.Stop()
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		left := processesOf(dir)
+		if len(left) == 0 {
+			return
+		}
+		killAll(left, syscall.SIGKILL)
+		select {
+		case <-tick.C:
+		case <-deadline.C:
+			tb.Errorf("processes of %s do not end: %v", dir, left)
+			return
+		}
 	}
 }
 
