@@ -25,6 +25,8 @@ func Routes(c *control.Control) []exchange.Route {
 		{Method: "GET", Path: "/v1/nodes", Handle: s.listNodes},
 		{Method: "GET", Path: "/v1/nodes/{id}", Handle: s.getNode},
 		{Method: "PATCH", Path: "/v1/nodes/{id}", Handle: s.updateNode},
+		{Method: "DELETE", Path: "/v1/nodes/{id}", Handle: s.removeNode},
+		{Method: "POST", Path: "/v1/nodes/{id}/drain", Handle: s.drainNode},
 		{Method: "GET", Path: "/v1/scheduler", Handle: s.getScheduler},
 		{Method: "PUT", Path: "/v1/scheduler", Handle: s.setScheduler},
 		{Method: "DELETE", Path: "/v1/scheduler", Handle: s.resetScheduler},
@@ -58,6 +60,10 @@ func Routes(c *control.Control) []exchange.Route {
 		{Method: "GET", Path: "/v1/keys", Handle: s.listKeys},
 		{Method: "POST", Path: "/v1/keys", Handle: s.createKey},
 		{Method: "DELETE", Path: "/v1/keys/{id}", Handle: s.revokeKey},
+		{Method: "GET", Path: "/v1/tokens", Handle: s.listTokens},
+		{Method: "POST", Path: "/v1/tokens", Handle: s.createToken},
+		{Method: "DELETE", Path: "/v1/tokens/{id}", Handle: s.revokeToken},
+		{Method: "GET", Path: "/v1/members", Handle: s.listMembers},
 		{Method: "GET", Path: "/v1/events", Handle: s.events},
 	}
 }
