@@ -40,8 +40,15 @@ func statusTable(w io.Writer, st client.Status) {
 	}
 	row(w, "state", fmt.Sprintf("%s, up %s", ready, strings.TrimSuffix(ago(st.StartedAt), " ago")))
 	row(w, "version", st.Version)
-	row(w, "API", st.APIURL)
-	row(w, "proxy", st.ProxyURL)
+	if st.APIURL != "" {
+		row(w, "API", st.APIURL)
+	}
+	if st.ProxyURL != "" {
+		row(w, "proxy", st.ProxyURL)
+	}
+	if st.Member != nil && st.Member.Role == "proxy" {
+		return // it has nothing else
+	}
 	row(w, "nodes", counts(st.Nodes))
 	row(w, "sandboxes", counts(st.Sandboxes))
 	row(w, "templates", strconv.Itoa(st.Templates))

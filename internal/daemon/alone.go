@@ -38,6 +38,8 @@ type alone struct {
 
 	mu      sync.Mutex
 	present *answers
+	// stale means that the node has to register again: its control then learns what the node has.
+	stale bool
 	// run starts the loops of what answers; nil until start.
 	run func(*answers)
 }
@@ -139,7 +141,7 @@ func (a *alone) now() *answers {
 // ServeHTTP answers for the node.
 func (a *alone) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	n := a.now()
-	if n == nil {
+	if n == nil || strings.HasPrefix(r.URL.Path, "/v1/tokens") {
 		a.d.answerStatus(w, r)
 		return
 	}
@@ -185,7 +187,19 @@ func (a *alone) Report(ctx context.Context, req *nodev1.ReportRequest) (*nodev1.
 	if err != nil {
 		return nil, err
 	}
+	if a.again() {
+		return nil, sandbox.Conflictf("the templates of the cluster have changed: register again")
+	}
 	return c.Report(ctx, req)
+}
+
+// again reports, once, that the node has to register again.
+func (a *alone) again() bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	was := a.stale
+	a.stale = false
+	return was
 }
 
 // refreshEvery is how often the server is asked whether the templates have changed, and refreshTimeout bounds one question.
@@ -221,7 +235,13 @@ func (a *alone) refreshOnce(ctx context.Context) error {
 		}
 		all = append(all, t)
 	}
-	return a.store.replace(resp.GetVersion(), all)
+	if err := a.store.replace(resp.GetVersion(), all); err != nil {
+		return err
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.stale = true
+	return nil
 }
 
 // nobody has a key: the socket needs none, and nothing else leads here.

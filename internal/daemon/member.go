@@ -52,7 +52,7 @@ func (d *daemon) buildMember(ctx context.Context) error {
 	handlers := d.memberHandlers(role)
 	m.link = link.New(link.Config{
 		Self: id.Member(), Servers: m.servers, Handlers: handlers, Logger: d.log,
-		TLS: id.ClientTLS,
+		TLS: id.ClientTLS, OnUp: func(string) { d.nudge() },
 	})
 	m.reach = link.NewReach(link.ReachConfig{Via: m.link, TLS: id.ClientTLS})
 	m.members = clusterv1connect.NewMemberServiceClient(m.link.HTTPClient(), link.BaseURL)
@@ -61,6 +61,13 @@ func (d *daemon) buildMember(ctx context.Context) error {
 		return d.openDirect(ctx, handlers)
 	}
 	return nil
+}
+
+// nudge has a node report at once: the server is reached again.
+func (d *daemon) nudge() {
+	if d.node != nil {
+		d.node.agent.Nudge()
+	}
 }
 
 // memberHandlers take what servers and other members open to this one. They are not called before the node is there: links
