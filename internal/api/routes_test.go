@@ -21,6 +21,7 @@ func TestRoutes(t *testing.T) {
 
 		{"POST", "/v2/sandboxes", `{"templateID":"base"}`, 201, `"envdVersion":"0.6.13"`},
 		{"POST", "/v2/sandboxes", `{"templateID":"base","timeout":60,"metadata":{"a":"b"},"envVars":{"A":"b"},"mcp":null,"network":{},"unknown":[1]}`, 201, `"domain":null`},
+		{"POST", "/v2/sandboxes", `{"templateID":"base","autoPause":true,"autoResume":{"enabled":true}}`, 201, `"sandboxID":`},
 		{"POST", "/v2/sandboxes", `{"templateID":"base","autoPause":false,"autoResume":{"enabled":false},"allow_internet_access":null}`, 201, `"trafficAccessToken":null`},
 		{"POST", "/v2/sandboxes", `{"templateID":"base","network":{"denyOut":["0.0.0.0/0"],"allowPublicTraffic":true}}`, 201, ""},
 		{"POST", "/v2/sandboxes", ``, 400, "the body is empty"},
@@ -41,7 +42,6 @@ func TestRoutes(t *testing.T) {
 		{"POST", "/v2/sandboxes", `{"templateID":"nope"}`, 404, "does not exist"},
 		{"POST", "/v2/sandboxes", `{"templateID":"a b"}`, 400, "template name"},
 		{"POST", "/v2/sandboxes", `{"templateID":"base","autoPause":true,"autoPauseMemory":false}`, 201, ""},
-		{"POST", "/v2/sandboxes", `{"templateID":"base","autoPause":true,"autoResume":{"enabled":true}}`, 501, "autoResume"},
 		{"POST", "/v2/sandboxes", `{"templateID":"base","autoPause":true,"autoPauseMemory":false,"autoResume":{"enabled":true}}`, 400, "cannot be combined with autoResume"},
 		{"POST", "/v2/sandboxes", `{"templateID":"base","mcp":{"x":{}}}`, 201, `"sandboxID"`},
 		{"POST", "/v2/sandboxes", `{"templateID":"base","volumeMounts":[{"name":"a","path":"/b"}]}`, 501, "volumeMounts"},
