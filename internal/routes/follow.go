@@ -147,7 +147,7 @@ func (t *Table) putNodeLocked(n *proxyv1.Node, w *whole) bool {
 		w.nodes[id] = struct{}{}
 	}
 	t.nodes[id] = nodeFromWire(n)
-	return n.GetDown() && !(had && known.Down)
+	return n.GetDown() && (!had || !known.Down)
 }
 
 func (t *Table) putRouteLocked(one *proxyv1.Route, w *whole) (r sandbox.Route, news bool) {

@@ -129,6 +129,7 @@ func (p *proxy) sinces() []time.Time {
 	defer p.mu.Unlock()
 	return append([]time.Time(nil), p.asked...)
 }
+
 func (p *proxy) Activities(since time.Time) []sandbox.Activity {
 	p.mu.Lock()
 	defer p.mu.Unlock()
