@@ -161,9 +161,12 @@ func (c *Chunks) addTrailer(b byte) error {
 	if n > 2 && (n < 4 || c.trailer[n-3] != '\n') {
 		return nil
 	}
-	c.state = chunkDone
 	c.head.reset(true)
-	return c.readTrailer()
+	if err := c.readTrailer(); err != nil {
+		return err
+	}
+	c.state = chunkDone
+	return nil
 }
 
 func (c *Chunks) readTrailer() error {

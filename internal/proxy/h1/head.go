@@ -219,7 +219,7 @@ func (h *Head) note(f *Field) error {
 		return h.noteHostOrDate(f)
 	case len("expect"):
 		if Is(f.Name, "expect") {
-			h.Continue = Is(f.Value, "100-continue")
+			return h.noteExpect(f)
 		}
 	case len("upgrade"):
 		h.noteUpgradeOrTrailer(f)
@@ -255,6 +255,17 @@ func (h *Head) noteHostOrDate(f *Field) error {
 		return refuse(http.StatusBadRequest, "Host %.80q: want a host name", f.Value)
 	}
 	h.Host, h.HasHost = f.Value, true
+	return nil
+}
+
+func (h *Head) noteExpect(f *Field) error {
+	if h.answer {
+		return nil
+	}
+	if !Is(f.Value, "100-continue") {
+		return refuse(http.StatusExpectationFailed, "Expect %.40q: want 100-continue", f.Value)
+	}
+	h.Continue = true
 	return nil
 }
 
