@@ -37,20 +37,28 @@ type meter struct {
 // now returns the machine's use, which is looked at once a second at most. What cannot be read counts as unused.
 func (m *meter) now() usedShares {
 	m.mu.Lock()
-	defer m.mu.Unlock()
-	if !m.at.IsZero() && time.Since(m.at) < useEvery {
-		return m.last
+	due := m.at.IsZero() || time.Since(m.at) >= useEvery
+	if due {
+		m.at = time.Now()
 	}
-	m.at = time.Now()
+	last := m.last
+	m.mu.Unlock()
+	if !due {
+		return last
+	}
 	stat, _ := os.ReadFile("/proc/stat")
 	info, _ := os.ReadFile("/proc/meminfo")
+	memory, disk := memoryShare(info), diskShare(m.dir)
+	m.mu.Lock()
+	defer m.mu.Unlock()
 	m.processors(stat)
-	m.last.memory = memoryShare(info)
-	m.last.disk = diskShare(m.dir)
+	m.last.memory, m.last.disk = memory, disk
 	return m.last
 }
 
 // processors takes in the kernel's counts of processor time.
+//
+// Preconditions: the caller holds mu, or is alone.
 func (m *meter) processors(stat []byte) {
 	busy, total := processorTime(stat)
 	passed := total - m.total

@@ -23,6 +23,8 @@ const (
 	maxReport = 256
 	// maxServerBackoff bounds the wait after the server did not answer.
 	maxServerBackoff = 5 * time.Second
+	// wholePace is the time between two reports of everything, where the journal no longer has what changed.
+	wholePace = 250 * time.Millisecond
 )
 
 // registration is what the server made of the node.
@@ -30,6 +32,7 @@ type registration struct {
 	epoch int64
 	acked int64
 	full  bool // the server wants everything
+	whole bool // it was told everything
 }
 
 // reporter tells one server about the node.
@@ -76,9 +79,7 @@ func (a *reporter) run(ctx context.Context) error {
 			return nil
 		case err == nil:
 			tries = 0
-			if a.counts {
-				a.metrics.reported.SetToCurrentTime()
-			}
+			a.told(ctx, reg)
 		case refused(err) && reg != nil:
 			a.log.InfoContext(ctx, "registering again", slog.Any("err", err))
 			reg, wait = nil, min(maxServerBackoff, backoff(tries))
@@ -92,6 +93,18 @@ func (a *reporter) run(ctx context.Context) error {
 		if err != nil {
 			drain(a.news) // the timer says when to go on
 		}
+	}
+}
+
+// told notes that a server has everything. One whose word does not count falls behind what the journal keeps, and is told all
+// there is instead of what has changed; that is not done for each change.
+func (a *reporter) told(ctx context.Context, reg *registration) {
+	switch {
+	case a.counts:
+		a.metrics.reported.SetToCurrentTime()
+	case reg.whole:
+		reg.whole = false
+		pause(ctx, wholePace)
 	}
 }
 
@@ -135,7 +148,7 @@ func (a *reporter) tell(ctx context.Context, reg *registration) error {
 		switch {
 		case req.GetFull():
 			acked = max(acked, last) // everything up to there is in what was sent
-			reg.full = false
+			reg.full, reg.whole = false, true
 		case len(req.GetChanges()) == 0:
 			acked = reg.acked // there was nothing to acknowledge
 		case acked <= reg.acked:
