@@ -11,5 +11,5 @@
 //
 // The package knows no messages and decides nothing but who may open which kind of stream. It keeps no state on disk.
 // Its values are safe for concurrent use; goroutines run below Hub.Serve, Link.Run and Listener.Serve, which return when
-// all of them have ended. Lock order: Hub.mu before peer.mu; neither is held during I/O.
+// all of them have ended. Lock order: Hub.mu or Link.mu before pair.mu; none is held during I/O.
 package link

@@ -159,9 +159,9 @@ func (h *Hub) openRaw(ctx context.Context, m sandbox.Member, head Head) (*stream
 	if p == nil {
 		return nil, sandbox.Unavailablef("%s has no link to this server", m)
 	}
-	s := p.sessionFor(head.Kind)
-	if s == nil {
-		return nil, sandbox.Unavailablef("the link of %s has no connection for %s streams yet", m, head.Kind)
+	s, err := p.session(ctx, head.Kind)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", m, err)
 	}
 	st, err := s.open(ctx, head)
 	if err != nil {

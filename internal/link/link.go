@@ -44,14 +44,14 @@ type Link struct {
 	accept *acceptor
 	client *http.Client
 
-	mu            sync.Mutex
-	control, bulk *session
-	last          error
+	mu   sync.Mutex
+	pair *pair // never nil: one that is over where there is no link
+	last error
 }
 
 // New returns a link that Run keeps up.
 func New(cfg Config) *Link {
-	l := &Link{cfg: cfg, accept: newAcceptor(cfg.Handlers), last: sandbox.Unavailablef("no server was reached yet")}
+	l := &Link{cfg: cfg, accept: newAcceptor(cfg.Handlers), pair: &pair{over: true}, last: sandbox.Unavailablef("no server was reached yet")}
 	l.client = &http.Client{Transport: newTransport(true, func(ctx context.Context) (net.Conn, error) {
 		return l.Open(ctx, Head{Kind: RPC})
 	})}
@@ -63,24 +63,30 @@ func New(cfg Config) *Link {
 func (l *Link) HTTPClient() *http.Client { return l.client }
 
 // Connected reports whether a server can be called.
-func (l *Link) Connected() bool { return l.sessionFor(RPC) != nil }
+func (l *Link) Connected() bool {
+	s, _ := l.present().get(RPC)
+	return s != nil
+}
 
 // Err says why there is no link; nil where there is one.
 func (l *Link) Err() error {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.control != nil {
+	if l.Connected() {
 		return nil
 	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	return l.last
 }
 
 // Open opens a stream to the head's node through the server, or to the server itself where the head names none. Errors:
 // ErrUnavailable where there is no link; a *RemoteError where the node, or the server for it, says no. Guest streams are a Conn.
 func (l *Link) Open(ctx context.Context, h Head) (net.Conn, error) {
-	s := l.sessionFor(h.Kind)
-	if s == nil {
+	s, err := l.present().session(ctx, h.Kind)
+	if err != nil && l.Err() != nil {
 		return nil, sandbox.Unavailablef("no link to a server: %v", l.Err())
+	}
+	if err != nil {
+		return nil, err
 	}
 	st, err := s.open(ctx, h)
 	if err != nil {
@@ -92,19 +98,17 @@ func (l *Link) Open(ctx context.Context, h Head) (net.Conn, error) {
 	return st, nil
 }
 
-func (l *Link) sessionFor(k Kind) *session {
+// present returns the link's present life.
+func (l *Link) present() *pair {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if k == RPC {
-		return l.control
-	}
-	return l.bulk
+	return l.pair
 }
 
-func (l *Link) set(control, bulk *session) {
+func (l *Link) setPresent(p *pair) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.control, l.bulk = control, bulk
+	l.pair = p
 }
 
 // Run keeps the link up until ctx ends; then it closes it and returns when all has ended.
@@ -152,17 +156,19 @@ func (l *Link) hold(ctx context.Context, server string) {
 	}
 	var serving sync.WaitGroup
 	defer serving.Wait()
-	defer control.close()
-	l.set(control, nil)
+	p := &pair{control: control}
+	defer p.end()
+	l.setPresent(p)
 	l.cfg.Logger.InfoContext(ctx, "link up", slog.String("server", server))
 	if l.cfg.OnUp != nil {
 		l.cfg.OnUp(server)
 	}
 	serving.Go(func() { control.serve(ctx, l.takeStream) })
-	serving.Go(func() { l.holdBulk(ctx, server, control, id) })
+	serving.Go(func() { l.holdBulk(ctx, server, p, id) })
 	<-control.done()
 	cancel()
-	l.set(nil, nil)
+	p.end()
+	l.setPresent(&pair{over: true})
 	l.down(ctx, server, errors.New("the connection ended"), true)
 }
 
@@ -181,15 +187,15 @@ func (l *Link) down(ctx context.Context, server string, why error, was bool) {
 }
 
 // holdBulk keeps the link's bulk connection up as long as its control connection is.
-func (l *Link) holdBulk(ctx context.Context, server string, control *session, id linkID) {
+func (l *Link) holdBulk(ctx context.Context, server string, p *pair, id linkID) {
 	for wait := firstRetry; ctx.Err() == nil; wait = min(2*wait, lastRetry) {
 		bulk, err := l.dial(ctx, server, protoBulk, id)
 		if errors.Is(err, sandbox.ErrConflict) {
-			control.close() // the server knows a newer link, or none
+			p.end() // the server knows a newer link, or none
 			return
 		}
 		if err == nil {
-			l.serveBulk(ctx, control, bulk)
+			l.serveBulk(ctx, p, bulk)
 			wait = firstRetry
 		}
 		if !pause(ctx, jitter(wait)) {
@@ -198,19 +204,12 @@ func (l *Link) holdBulk(ctx context.Context, server string, control *session, id
 	}
 }
 
-func (l *Link) serveBulk(ctx context.Context, control, bulk *session) {
+func (l *Link) serveBulk(ctx context.Context, p *pair, bulk *session) {
 	defer bulk.close()
-	l.mu.Lock()
-	if l.control == control {
-		l.bulk = bulk
+	if p.setBulk(bulk) {
+		defer p.lostBulk(bulk)
+		bulk.serve(ctx, l.takeStream)
 	}
-	l.mu.Unlock()
-	bulk.serve(ctx, l.takeStream)
-	l.mu.Lock()
-	if l.bulk == bulk {
-		l.bulk = nil
-	}
-	l.mu.Unlock()
 }
 
 // dial makes one of a link's connections.

@@ -191,3 +191,20 @@ func isTimeout(err error) bool {
 	var timeout net.Error
 	return errors.As(err, &timeout) && timeout.Timeout()
 }
+
+// TestBulkComesBack breaks the bulk connection alone: the next stream waits for another, and the link stays.
+func TestBulkComesBack(t *testing.T) {
+	r := newRig(t)
+	l, _ := r.link(nodeA, tcpGuest(t, echo))
+	for range 5 {
+		link.CutBulk(r.hub, nodeA)
+		c, err := r.hub.Open(t.Context(), link.GuestHead("nodeaa", box, 80))
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = c.Close()
+	}
+	if len(r.up) != 1 || len(r.down) != 0 || !l.Connected() {
+		t.Errorf("%d times up, %d times down; want the link to have stayed", len(r.up), len(r.down))
+	}
+}

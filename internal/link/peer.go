@@ -25,64 +25,14 @@ type peer struct {
 	id linkID
 	// ended is closed when the link is over and OnDown has been told.
 	ended chan struct{}
-
-	mu            sync.Mutex
-	control, bulk *session // nil until they are there
-	over          bool     // neither will be there any more
-}
-
-// sessionFor returns what carries streams of a kind; nil where that is not there.
-func (p *peer) sessionFor(k Kind) *session {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if k == RPC {
-		return p.control
-	}
-	return p.bulk
-}
-
-// setControl gives the link its control connection; false where the link is over.
-func (p *peer) setControl(s *session) bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.over {
-		return false
-	}
-	p.control = s
-	return true
-}
-
-// setBulk puts a bulk connection in the place of the present one; false where the link is over.
-func (p *peer) setBulk(s *session) bool {
-	p.mu.Lock()
-	old, over := p.bulk, p.over
-	if !over {
-		p.bulk = s
-	}
-	p.mu.Unlock()
-	if old != nil && !over {
-		old.close()
-	}
-	return !over
-}
-
-// end closes both connections.
-func (p *peer) end() {
-	p.mu.Lock()
-	control, bulk := p.control, p.bulk
-	p.over = true
-	p.mu.Unlock()
-	for _, s := range []*session{control, bulk} {
-		if s != nil {
-			s.close()
-		}
-	}
+	pair
 }
 
 // takeControl makes the connection the member's link, in place of the one that it has, and serves it until it ends.
 func (h *Hub) takeControl(ctx context.Context, c *tls.Conn, m sandbox.Member, id linkID) error {
 	p := &peer{Peer: Peer{Member: m, Remote: remoteOf(c), Since: time.Now()}, id: id, ended: make(chan struct{})}
-	defer close(p.ended)
+	ended := sync.OnceFunc(func() { close(p.ended) })
+	defer ended()
 	h.replace(p)
 	defer h.remove(p)
 	if err := accept(c); err != nil { // only now: the member's bulk connection finds its link
@@ -93,7 +43,7 @@ func (h *Hub) takeControl(ctx context.Context, c *tls.Conn, m sandbox.Member, id
 		return err
 	}
 	var streams sync.WaitGroup
-	defer streams.Wait() // runs last: others need not wait for streams that take their time to end
+	defer streams.Wait()
 	defer s.close()
 	if !p.setControl(s) {
 		return nil // replaced already
@@ -106,6 +56,7 @@ func (h *Hub) takeControl(ctx context.Context, c *tls.Conn, m sandbox.Member, id
 	p.end()
 	h.cfg.Logger.InfoContext(ctx, "link down", slog.String("member", m.String()), slog.String("remote", p.Remote.String()))
 	tell(h.cfg.OnDown, p.Peer)
+	ended() // a link that takes this one's place need not wait for streams that take their time to end
 	return nil
 }
 
@@ -156,6 +107,7 @@ func (h *Hub) takeBulk(ctx context.Context, c *tls.Conn, m sandbox.Member, id li
 	if !p.setBulk(s) {
 		return nil
 	}
+	defer p.lostBulk(s)
 	s.serve(ctx, func(ctx context.Context, st *stream) { h.takeStream(ctx, st, m) })
 	return nil
 }
