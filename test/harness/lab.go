@@ -63,9 +63,9 @@ func NewLab(tb testing.TB) *Lab {
 	}
 	tb.Cleanup(l.remove)
 	l.space(bridgeLink)
-	l.must("ip", "-n", l.prefix+bridgeLink, "link", "add", bridgeLink, "type", "bridge")
-	l.must("ip", "-n", l.prefix+bridgeLink, "addr", "add", "10.99.0.1/24", "dev", bridgeLink)
-	l.must("ip", "-n", l.prefix+bridgeLink, "link", "set", bridgeLink, "up")
+	l.ip("-n", l.prefix+bridgeLink, "link", "add", bridgeLink, "type", "bridge")
+	l.ip("-n", l.prefix+bridgeLink, "addr", "add", "10.99.0.1/24", "dev", bridgeLink)
+	l.ip("-n", l.prefix+bridgeLink, "link", "set", bridgeLink, "up")
 	l.block(blockRules)
 	return l
 }
@@ -73,8 +73,8 @@ func NewLab(tb testing.TB) *Lab {
 // space makes a namespace with its loopback up.
 func (l *Lab) space(name string) {
 	l.tb.Helper()
-	l.must("ip", "netns", "add", l.prefix+name)
-	l.must("ip", "-n", l.prefix+name, "link", "set", "lo", "up")
+	l.ip("netns", "add", l.prefix+name)
+	l.ip("-n", l.prefix+name, "link", "set", "lo", "up")
 }
 
 // Machine adds a machine that every other one can dial, at an address of 10.99.0.0/24.
@@ -96,12 +96,12 @@ func (l *Lab) NAT(name string) *Machine {
 	l.space(name)
 	number := m.Addr.As4()[3]
 	inside, outside := fmt.Sprintf("10.98.%d.2", number), fmt.Sprintf("10.98.%d.1", number)
-	l.must("ip", "-n", l.prefix+router, "link", "add", "inside", "type", "veth", "peer", "name", "eth0", "netns", l.prefix+name)
-	l.must("ip", "-n", l.prefix+router, "addr", "add", outside+"/24", "dev", "inside")
-	l.must("ip", "-n", l.prefix+router, "link", "set", "inside", "up")
-	l.must("ip", "-n", l.prefix+name, "addr", "add", inside+"/24", "dev", "eth0")
-	l.must("ip", "-n", l.prefix+name, "link", "set", "eth0", "up")
-	l.must("ip", "-n", l.prefix+name, "route", "add", "default", "via", outside)
+	l.ip("-n", l.prefix+router, "link", "add", "inside", "type", "veth", "peer", "name", "eth0", "netns", l.prefix+name)
+	l.ip("-n", l.prefix+router, "addr", "add", outside+"/24", "dev", "inside")
+	l.ip("-n", l.prefix+router, "link", "set", "inside", "up")
+	l.ip("-n", l.prefix+name, "addr", "add", inside+"/24", "dev", "eth0")
+	l.ip("-n", l.prefix+name, "link", "set", "eth0", "up")
+	l.ip("-n", l.prefix+name, "route", "add", "default", "via", outside)
 	err := l.inside(router, func() error { return os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("1"), 0) })
 	if err != nil {
 		l.tb.Fatal(err)
@@ -118,7 +118,7 @@ func (l *Lab) newMachine(name string) *Machine {
 	if l.machines[name] != nil || name == bridgeLink {
 		l.tb.Fatalf("a second machine %s", name)
 	}
-	dir, err := os.MkdirTemp("/var/tmp", l.prefix+name+"-") //nolint:usetesting // on a disk: /tmp may be memory
+	dir, err := os.MkdirTemp("/var/tmp", l.prefix+name+"-") // on a disk: /tmp may be memory
 	if err != nil {
 		l.tb.Fatal(err)
 	}
@@ -132,11 +132,11 @@ func (l *Lab) newMachine(name string) *Machine {
 func (l *Lab) plug(name string, addr netip.Addr) {
 	l.tb.Helper()
 	port := fmt.Sprintf("p%d", addr.As4()[3])
-	l.must("ip", "-n", l.prefix+bridgeLink, "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", l.prefix+name)
-	l.must("ip", "-n", l.prefix+bridgeLink, "link", "set", port, "master", bridgeLink, "up")
-	l.must("ip", "-n", l.prefix+name, "addr", "add", addr.String()+"/24", "dev", "eth0")
-	l.must("ip", "-n", l.prefix+name, "link", "set", "eth0", "up")
-	l.must("ip", "-n", l.prefix+name, "route", "add", "default", "via", "10.99.0.1")
+	l.ip("-n", l.prefix+bridgeLink, "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", l.prefix+name)
+	l.ip("-n", l.prefix+bridgeLink, "link", "set", port, "master", bridgeLink, "up")
+	l.ip("-n", l.prefix+name, "addr", "add", addr.String()+"/24", "dev", "eth0")
+	l.ip("-n", l.prefix+name, "link", "set", "eth0", "up")
+	l.ip("-n", l.prefix+name, "route", "add", "default", "via", "10.99.0.1")
 }
 
 // Partition cuts two machines off from each other.
@@ -225,10 +225,11 @@ func inNamespace(path string, fn func() error) error {
 	return <-done
 }
 
-func (l *Lab) must(name string, args ...string) {
+// ip runs one command of iproute2.
+func (l *Lab) ip(args ...string) {
 	l.tb.Helper()
-	if out, err := exec.CommandContext(context.Background(), name, args...).CombinedOutput(); err != nil { //nolint:gosec // the lab's own commands
-		l.tb.Fatalf("%s %s: %v: %s", name, strings.Join(args, " "), err, bytes.TrimSpace(out))
+	if out, err := exec.CommandContext(context.Background(), "ip", args...).CombinedOutput(); err != nil { //nolint:gosec // the lab's own commands
+		l.tb.Fatalf("ip %s: %v: %s", strings.Join(args, " "), err, bytes.TrimSpace(out))
 	}
 }
 
@@ -255,7 +256,7 @@ func removeSpaces(tb testing.TB, prefix string) {
 		if err != nil {
 			tb.Logf("list processes of %s: %v", name, err)
 		}
-		for _, text := range strings.Fields(string(out)) {
+		for text := range strings.FieldsSeq(string(out)) {
 			if pid, err := strconv.Atoi(text); err == nil {
 				_ = syscall.Kill(pid, syscall.SIGKILL) // it may have ended by itself
 			}

@@ -174,7 +174,7 @@ func (m *Machine) CLI(ctx context.Context, args ...string) (string, int) {
 func (m *Machine) Run(ctx context.Context, name string, args ...string) (string, int) {
 	m.lab.tb.Helper()
 	var out, errOut bytes.Buffer
-	cmd := exec.CommandContext(ctx, name, args...)
+	cmd := exec.CommandContext(ctx, name, args...) //nolint:gosec // the test's own command
 	cmd.Stdout, cmd.Stderr, cmd.Env = &out, &errOut, append(os.Environ(), labMark+m.Dir)
 	if err := m.lab.inside(m.Name, cmd.Start); err != nil {
 		m.lab.tb.Fatalf("%s: run %s: %v", m.Name, name, err)
