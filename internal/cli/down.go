@@ -71,7 +71,7 @@ func stopDaemon(ctx context.Context, dir string, wait time.Duration) (bool, erro
 	if h.PID <= 1 {
 		return false, fmt.Errorf("data directory %s is in use, but its lock does not say by whom", dir)
 	}
-	if err := syscall.Kill(h.PID, syscall.SIGTERM); err != nil {
+	if err := syscall.Kill(h.PID, syscall.SIGTERM); err != nil && !errors.Is(err, syscall.ESRCH) { // it may be ending by itself
 		return false, fmt.Errorf("stop daemon %d: %w", h.PID, err)
 	}
 	ctx, cancel := context.WithTimeout(ctx, wait)
