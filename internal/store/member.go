@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"regexp"
 	"slices"
 	"sync"
@@ -79,7 +80,7 @@ func (m *Member) check() error {
 }
 
 // succeed returns m as the record that follows old, which is zero where there is none.
-func (m Member) succeed(old Member, now time.Time) Member {
+func succeed(m, old Member, now time.Time) Member {
 	if old.RemovedAt.IsZero() {
 		m.Certificates, m.Refused = slices.Concat(old.Certificates, m.Certificates), old.Refused
 	} else {
@@ -124,7 +125,7 @@ func (s *Store) RenewMember(ctx context.Context, m sandbox.Member, keyFingerprin
 	return s.updateMember(ctx, m, func(old *Member) error {
 		next := *old
 		next.KeyFingerprint, next.Certificates = keyFingerprint, []Certificate{c}
-		*old = next.succeed(*old, now)
+		*old = succeed(next, *old, now)
 		return nil
 	})
 }
@@ -315,7 +316,7 @@ func (s *Store) followMembers(ctx context.Context) error {
 			return err
 		case now := <-tick.C:
 			if err := s.PruneMembers(ctx, now); err != nil && ctx.Err() == nil {
-				s.log.WarnContext(ctx, "members that left are not forgotten yet", "err", err)
+				s.log.WarnContext(ctx, "members that left are not forgotten yet", slog.Any("err", err))
 			}
 		}
 	}

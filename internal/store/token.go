@@ -219,37 +219,38 @@ func decideAdmit(t Token, old Member, name nameOwner, a Admission, now time.Time
 	if present {
 		m.JoinedAt = old.JoinedAt
 	}
-	return t, m.succeed(old, now), nil
+	return t, succeed(m, old, now), nil
 }
 
 // use returns the token after it has let the member in; again says that the member is there already with the same key.
-func (t Token) use(a Admission, again bool, now time.Time) (Token, error) {
+func (t *Token) use(a Admission, again bool, now time.Time) (Token, error) {
 	who := a.Member.Member().String()
 	same := func(u TokenUse) bool { return u.Member == who && u.KeyFingerprint == a.Member.KeyFingerprint }
 	switch {
 	case subtle.ConstantTimeCompare([]byte(t.Hash), []byte(a.TokenHash)) != 1:
-		return t, sandbox.Deniedf("join token %s: its secret is wrong; was it cut or changed when it was copied?", t.ID)
+		return *t, sandbox.Deniedf("join token %s: its secret is wrong; was it cut or changed when it was copied?", t.ID)
 	case !t.RevokedAt.IsZero():
-		return t, sandbox.Deniedf("join token %s was revoked on %s: `cloister token create` makes a new one", t.ID, t.RevokedAt.UTC().Format(time.DateTime))
+		return *t, sandbox.Deniedf("join token %s was revoked on %s: `cloister token create` makes a new one", t.ID, t.RevokedAt.UTC().Format(time.DateTime))
 	case !now.Before(t.ExpiresAt):
-		return t, sandbox.Deniedf("join token %s expired on %s: `cloister token create` makes a new one", t.ID, t.ExpiresAt.UTC().Format(time.DateTime))
+		return *t, sandbox.Deniedf("join token %s expired on %s: `cloister token create` makes a new one", t.ID, t.ExpiresAt.UTC().Format(time.DateTime))
 	case t.Role != a.Member.Role:
-		return t, sandbox.Deniedf("join token %s is for a %s, not for a %s: `cloister token create --role %s` makes one", t.ID, t.Role, a.Member.Role, a.Member.Role)
+		return *t, sandbox.Deniedf("join token %s is for a %s, not for a %s: `cloister token create --role %s` makes one", t.ID, t.Role, a.Member.Role, a.Member.Role)
 	case again && slices.ContainsFunc(t.UsedBy, same):
-		return t, nil
+		return *t, nil
 	case t.Uses > 0 && t.Used >= t.Uses:
-		return t, sandbox.Deniedf("join token %s is used up: it let in %s; `cloister token create` makes a new one", t.ID, t.guests())
+		return *t, sandbox.Deniedf("join token %s is used up: it let in %s; `cloister token create` makes a new one", t.ID, t.guests())
 	}
-	t.Used++
-	t.UsedBy = append(slices.Clone(t.UsedBy), TokenUse{Member: who, Name: a.Member.Name, KeyFingerprint: a.Member.KeyFingerprint, At: now})
-	if t.Uses == 0 && len(t.UsedBy) > keptUses {
-		t.UsedBy = t.UsedBy[len(t.UsedBy)-keptUses:]
+	next := *t
+	next.Used++
+	next.UsedBy = append(slices.Clone(t.UsedBy), TokenUse{Member: who, Name: a.Member.Name, KeyFingerprint: a.Member.KeyFingerprint, At: now})
+	if next.Uses == 0 && len(next.UsedBy) > keptUses {
+		next.UsedBy = next.UsedBy[len(next.UsedBy)-keptUses:]
 	}
-	return t, nil
+	return next, nil
 }
 
 // guests names whom the token let in, for people.
-func (t Token) guests() string {
+func (t *Token) guests() string {
 	last := t.UsedBy[len(t.UsedBy)-1]
 	if len(t.UsedBy) == 1 {
 		return fmt.Sprintf("%s (%s)", last.Member, last.Name)
