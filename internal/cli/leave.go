@@ -47,6 +47,10 @@ func (a *app) leaveCommand() *cobra.Command {
 		if err := daemon.Purge(c.Context(), cfg, daemon.Options{Version: version, LogTo: a.err}); err != nil {
 			return err
 		}
+		if m.ClusterID == "" {
+			_, _ = fmt.Fprintf(a.err, "%s had not finished joining; nothing of it is kept in %s\n", m.Name, cfg.DataDir)
+			return nil
+		}
 		_, _ = fmt.Fprintf(a.err, "%s left cluster %s; nothing of it is kept in %s\n", m.Name, short(m.ClusterID), cfg.DataDir)
 		return nil
 	}

@@ -118,11 +118,8 @@ func (c *Config) validateBucket() error {
 	if u, err := url.Parse(c.S3Endpoint); err != nil || u.Host == "" || (u.Scheme != "http" && u.Scheme != "https") {
 		errs = append(errs, fmt.Errorf("s3-endpoint %q: want http://HOST or https://HOST of the service that has bucket %s", c.S3Endpoint, c.S3Bucket))
 	}
-	if c.S3AccessKey == "" || c.S3SecretKey == "" {
-		errs = append(errs, errors.New("s3-bucket is set: want s3-access-key and s3-secret-key, too"))
-	}
-	if c.S3Region == "" {
-		errs = append(errs, errors.New(`s3-region "": want the bucket's region, such as us-east-1`))
+	if (c.S3AccessKey == "") != (c.S3SecretKey == "") {
+		errs = append(errs, errors.New("one of s3-access-key and s3-secret-key is set: want both, or neither for a bucket that is open to everybody"))
 	}
 	return errors.Join(errs...)
 }

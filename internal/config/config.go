@@ -43,7 +43,7 @@ type Config struct {
 
 	S3Endpoint  string `name:"s3-endpoint" group:"Bucket" help:"URL of an S3-compatible service that keeps copies of what sandboxes are paused in"`
 	S3Bucket    string `name:"s3-bucket" help:"its bucket; empty keeps no copies there"`
-	S3Region    string `name:"s3-region" help:"its region"`
+	S3Region    string `name:"s3-region" help:"its region; empty asks the service"`
 	S3AccessKey string `name:"s3-access-key" help:"its access key"`
 	S3SecretKey string `name:"s3-secret-key" secret:"true" help:"its secret key"`
 	S3Prefix    string `name:"s3-prefix" help:"what the names of all objects in the bucket begin with"`

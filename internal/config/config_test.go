@@ -92,7 +92,7 @@ func TestErrorsNameValueAndRemedy(t *testing.T) {
 		{"certificate life", []string{"--certificate-life", "1s"}, "", []string{"certificate-life 1s", "10s"}},
 		{"replicas", []string{"--snapshot-replicas", "0"}, "", []string{"snapshot-replicas 0", "1 to"}},
 		{"placement", []string{"--template-placement", "some"}, "", []string{"some", "on_demand"}},
-		{"bucket without endpoint", []string{"--s3-bucket", "b"}, "", []string{"s3-endpoint", "s3-secret-key"}},
+		{"bucket without endpoint", []string{"--s3-bucket", "b", "--s3-access-key", "a"}, "", []string{"s3-endpoint", "s3-secret-key"}},
 		{"endpoint without bucket", []string{"--s3-endpoint", "http://h"}, "", []string{"s3-bucket is not"}},
 		{"unknown key", nil, "data-dirr: /x\n", []string{"line 1", "data-dirr"}},
 		{"bad size", nil, "sandbox-memory: lots\n", []string{"lots", "512MiB"}},

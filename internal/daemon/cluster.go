@@ -28,6 +28,7 @@ type clusterRole struct {
 	authority *auth.Authority
 	identity  *auth.Identity
 	hub       *link.Hub
+	links     *links
 	log       *slog.Logger
 	// address is where the port is, as the settings say; advertised is what others are told, from the settings or found out.
 	address, advertise string

@@ -30,7 +30,8 @@ func (d *daemon) buildCluster(ctx context.Context) error {
 		Self: c.identity.Member(), TLS: c.identity.ServerTLS(), JoinTLS: c.identity.JoinTLS(), Identify: auth.MemberOf,
 		Join: joins, RPC: calls, Logger: d.log, OnUp: d.linkUp, OnDown: d.linkDown,
 	})
-	d.server.fleet.links.Store(&links{c.hub})
+	c.links = &links{hub: c.hub, reach: link.NewReach(link.ReachConfig{TLS: c.identity.ClientTLS, Via: c.hub}), route: ctl.NodeRoute}
+	d.server.fleet.links.Store(c.links)
 	expected, err := d.membersExpected(ctx)
 	if err != nil || !expected {
 		return err

@@ -2,12 +2,12 @@ package daemon
 
 import (
 	"context"
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"net"
 	"net/http"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"time"
 
@@ -135,7 +135,7 @@ func clusterAddress(text string) (string, error) {
 	if err != nil {
 		host, port = strings.Trim(text, "[]"), defaultClusterPort
 	}
-	if host == "" || port == "" || strings.ContainsAny(host, "/ @") {
+	if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 || host == "" || strings.ContainsAny(host, "/ @") {
 		return "", sandbox.Invalidf("server %.80q: want HOST or HOST:PORT, such as 192.0.2.1:3003", text)
 	}
 	return net.JoinHostPort(host, port), nil
@@ -188,10 +188,16 @@ func (j *join) open(ctx context.Context, known sandbox.NodeID) error {
 		if err != nil {
 			return err
 		}
-		j.identity = id
-		return j.same(id, kept)
-	}
-	if !errors.Is(err, sandbox.ErrNotFound) {
+		other := j.same(id, kept)
+		if other == nil || id.Joined() {
+			j.identity = id
+			return other
+		}
+		// An attempt elsewhere, or as something else, that came to nothing.
+		if err := auth.Remove(filepath.Join(j.dataDir, identityDir)); err != nil {
+			return err
+		}
+	} else if !errors.Is(err, sandbox.ErrNotFound) {
 		return err
 	}
 	member := sandbox.Member{Role: j.role, ID: string(sandbox.NewNodeID())}
@@ -260,7 +266,7 @@ func joinError(err error) error {
 	if _, ok := errors.AsType[*net.OpError](err); ok {
 		return sandbox.Unavailablef("nobody answers there (%v): is the address right, does the server run, and is its cluster port open to this machine?", rootCause(err))
 	}
-	if _, ok := errors.AsType[tls.RecordHeaderError](err); ok {
+	if errors.Is(err, http.ErrSchemeMismatch) {
 		return sandbox.Unavailablef("what answers there does not speak TLS: want the server's cluster port, which is %s by default", defaultClusterPort)
 	}
 	answer, ok := errors.AsType[*connect.Error](err)

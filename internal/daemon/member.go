@@ -16,7 +16,6 @@ import (
 
 	"github.com/cloister-dev/cloister/internal/auth"
 	"github.com/cloister-dev/cloister/internal/control"
-	"github.com/cloister-dev/cloister/internal/gen/agent/v1/agentv1connect"
 	clusterv1 "github.com/cloister-dev/cloister/internal/gen/cluster/v1"
 	"github.com/cloister-dev/cloister/internal/gen/cluster/v1/clusterv1connect"
 	"github.com/cloister-dev/cloister/internal/link"
@@ -208,20 +207,4 @@ func (m *memberRole) renewOnce(ctx context.Context) error {
 // DialPeer connects to what another node serves: directly, or by way of the server.
 func (m *memberRole) DialPeer(ctx context.Context, node sandbox.NodeID, address string) (net.Conn, error) {
 	return m.reach.Dial(ctx, link.Endpoint{Node: node, Address: address}, link.Head{Kind: link.Artifact})
-}
-
-// links are a server's ways to the nodes that joined.
-type links struct{ hub *link.Hub }
-
-// Agent returns a node's command interface; false while it has no link.
-func (l *links) Agent(id sandbox.NodeID) (agentv1connect.AgentServiceClient, bool) {
-	if !l.hub.Connected(sandbox.Member{Role: sandbox.RoleNode, ID: string(id)}) {
-		return nil, false
-	}
-	return agentv1connect.NewAgentServiceClient(l.hub.NodeClient(id), link.BaseURL), true
-}
-
-// DialGuest connects to a port of a sandbox on a node.
-func (l *links) DialGuest(ctx context.Context, node sandbox.NodeID, id sandbox.ID, port uint16) (net.Conn, error) {
-	return l.hub.Open(ctx, link.GuestHead(node, id, port))
 }

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cloister-dev/cloister/internal/agent"
+	"github.com/cloister-dev/cloister/internal/bucket"
 	"github.com/cloister-dev/cloister/internal/config"
 	"github.com/cloister-dev/cloister/internal/engine/gvisor"
 	"github.com/cloister-dev/cloister/internal/engine/gvisor/sentry"
@@ -110,11 +111,26 @@ func (d *daemon) openJournal(ctx context.Context, capacity sandbox.Resources) (*
 
 // connectNode gives the node its way to a server: in this process, or over the link.
 func (d *daemon) connectNode(ctx context.Context, parts *nodeRole, cfg *agent.Config, deps *agent.Deps) error {
+	if d.cfg.S3Bucket != "" {
+		b, err := bucket.New(bucket.Config{
+			Endpoint: d.cfg.S3Endpoint, Bucket: d.cfg.S3Bucket, Prefix: d.cfg.S3Prefix, Region: d.cfg.S3Region,
+			AccessKey: d.cfg.S3AccessKey, SecretKey: d.cfg.S3SecretKey,
+		})
+		if err != nil {
+			return fmt.Errorf("open bucket: %w", err)
+		}
+		deps.Bucket = b
+	}
 	if d.member == nil {
 		parts.uplink = newUplink(d.server.control)
-		deps.Server = parts.uplink
+		deps.Server, deps.Peers = parts.uplink, d.cluster.links
 		return nil
 	}
+	return d.connectMember(ctx, parts, cfg, deps)
+}
+
+// connectMember is connectNode for a machine that joined.
+func (d *daemon) connectMember(ctx context.Context, parts *nodeRole, cfg *agent.Config, deps *agent.Deps) error {
 	m := d.member
 	parts.uplink = newUplink(nodev1connect.NewNodeServiceClient(m.link.HTTPClient(), link.BaseURL))
 	deps.Server, deps.Peers = parts.uplink, m
