@@ -83,7 +83,12 @@ func (c *clientConn) serve(ctx context.Context) error {
 // readHead reads the next request's head and returns its length.
 func (c *clientConn) readHead(first bool) (int, error) {
 	c.compact()
+	skip := !first // the empty line that old clients send after a body
 	for fresh := c.end > 0; ; {
+		if skip && bytes.HasPrefix(c.buf[:c.end], []byte("\r\n")) {
+			c.next, skip = len("\r\n"), false
+			c.compact()
+		}
 		if fresh {
 			if first && bytes.HasPrefix(c.buf[:c.end], []byte(http2Preface)) {
 				return 0, errHandOver
@@ -111,11 +116,8 @@ func tooLong(n int, err error) error {
 	return err
 }
 
-// compact moves what is left to the front, and skips the empty line that old clients send after a body.
+// compact moves what is left to the front.
 func (c *clientConn) compact() {
-	if c.end-c.next >= 2 && c.buf[c.next] == '\r' && c.buf[c.next+1] == '\n' {
-		c.next += 2
-	}
 	c.end = copy(c.buf, c.buf[c.next:c.end])
 	c.next = 0
 }
