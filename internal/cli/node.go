@@ -15,7 +15,7 @@ import (
 
 func (a *app) nodeCommand() *cobra.Command {
 	return a.nodeRun(group(&cobra.Command{Use: "node", Short: "Run this machine's node, look at all nodes, and say what may run there"},
-		a.nodeList(), a.nodeShow(), a.nodeLabel(), a.nodeTaint(), a.nodeCordon(), a.nodeUncordon()))
+		a.nodeList(), a.nodeShow(), a.nodeLabel(), a.nodeTaint(), a.nodeCordon(), a.nodeUncordon(), a.nodeDrain(), a.nodeRemove()))
 }
 
 func (a *app) nodeList() *cobra.Command {
@@ -43,7 +43,11 @@ func (a *app) nodeList() *cobra.Command {
 
 // nodeState tells of a cordon also where the node has a worse state.
 func nodeState(n client.Node) string {
-	if n.Cordoned && n.State != "cordoned" {
+	switch n.State {
+	case "cordoned", "draining", "drained":
+		return n.State
+	}
+	if n.Cordoned {
 		return n.State + ",cordoned"
 	}
 	return n.State
@@ -101,9 +105,18 @@ func (a *app) printNode(n client.Node) error {
 		}
 		row(w, "seen", ago(n.LastSeenAt))
 		row(w, "sandboxes", fmt.Sprintf("%d, %d being created, %d warm", n.Sandboxes, n.Creating, n.Warm))
-		row(w, "cpu", share(n, cpuShare))
-		row(w, "memory", share(n, memoryShare))
-		row(w, "disk", share(n, diskShare))
+		if n.Drain != nil {
+			row(w, "drain", drainText(n))
+			for _, f := range n.Drain.Failed {
+				row(w, "not moved", f.ID+": "+f.Reason)
+			}
+		}
+		row(w, "cpu", share(n, cpuShare)+", "+percent(n.UsedCPU)+" in use")
+		row(w, "memory", share(n, memoryShare)+", "+percent(n.UsedMemory)+" in use")
+		row(w, "disk", share(n, diskShare)+", "+percent(n.UsedDisk)+" in use")
+		row(w, "machine", cpus(n.Machine.MilliCPU)+" cores, "+size(n.Machine.MemoryBytes)+" of memory, "+size(n.Machine.DiskBytes)+" of disk")
+		row(w, "address", orDash(n.Address))
+		row(w, "cpu features", orDash(strings.Join(n.CPUFeatures, " ")))
 		row(w, "labels", pairs(n.Labels))
 		row(w, "taints", taints(n))
 		if n.Failures > 0 {
@@ -115,6 +128,8 @@ func (a *app) printNode(n client.Node) error {
 		row(w, "registered", n.RegisteredAt.Local().Format(time.DateTime))
 	})
 }
+
+func percent(part float64) string { return strconv.FormatFloat(part*100, 'f', 0, 64) + "%" }
 
 // changeNode carries out a change and prints the node.
 func (a *app) changeNode(ctx context.Context, node string, u client.UpdateNode) error {

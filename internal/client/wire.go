@@ -78,6 +78,17 @@ type Node struct {
 	CordonReason string `json:"cordon_reason,omitempty"`
 	// Failures is how many recent failures count against the node.
 	Failures float64 `json:"failures,omitempty"`
+	// UsedCPU, UsedMemory and UsedDisk are how much of the machine is in use, 0 to 1.
+	UsedCPU    float64 `json:"used_cpu"`
+	UsedMemory float64 `json:"used_memory"`
+	UsedDisk   float64 `json:"used_disk"`
+	// Address is where the node answers other members; empty where only its link to the server reaches it.
+	Address     string   `json:"address,omitempty"`
+	CPUFeatures []string `json:"cpu_features,omitempty"`
+	// Machine is what the machine has, before over-commit and reserve.
+	Machine Resources `json:"machine"`
+	// Drain is set once the node was told to give its sandboxes to others.
+	Drain *Drain `json:"drain,omitempty"`
 }
 
 // Sandbox is one entry of GET /v1/sandboxes, and GET /v1/sandboxes/{id}.

@@ -37,6 +37,7 @@ func (s *server) create(w http.ResponseWriter, r *http.Request, timeout int64, s
 	if err != nil {
 		return err
 	}
+	req.IdempotencyKey = r.Header.Get("Idempotency-Key")
 	box, err := s.control.Create(r.Context(), req)
 	if err != nil {
 		return err

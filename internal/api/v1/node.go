@@ -40,6 +40,53 @@ func (s *server) updateNode(w http.ResponseWriter, r *http.Request) error {
 	return exchange.JSON(w, http.StatusOK, nodeToWire(n))
 }
 
+func (s *server) removeNode(w http.ResponseWriter, r *http.Request) error {
+	values, err := exchange.Query(r)
+	if err != nil {
+		return err
+	}
+	force := values.Get("force")
+	if force != "" && force != "true" && force != "false" {
+		return sandbox.Invalidf("force %.20q: want true or false", force)
+	}
+	if err := s.control.RemoveNode(r.Context(), r.PathValue("id"), force == "true"); err != nil {
+		return err
+	}
+	return exchange.Empty(w)
+}
+
+func (s *server) drainNode(w http.ResponseWriter, r *http.Request) error {
+	var body client.DrainNode
+	if _, err := exchange.ReadOptional(w, r, &body); err != nil {
+		return err
+	}
+	timeout, err := exchange.Seconds("timeout_seconds", body.TimeoutSeconds)
+	if err != nil {
+		return err
+	}
+	n, err := s.control.DrainNode(r.Context(), r.PathValue("id"), control.DrainRequest{
+		Timeout: timeout, MaxParallel: body.MaxParallel, Force: body.Force, Reason: body.Reason,
+	})
+	if err != nil {
+		return err
+	}
+	return exchange.JSON(w, http.StatusOK, nodeToWire(n))
+}
+
+func drainToWire(p *control.DrainProgress) *client.Drain {
+	if p == nil {
+		return nil
+	}
+	w := &client.Drain{
+		StartedAt: p.StartedAt.UTC(), Deadline: p.Deadline, DoneAt: p.DoneAt, Error: p.Error, Force: p.Force,
+		Moved: p.Moved, Ended: p.Ended, Left: p.Left, Waiting: p.Waiting,
+	}
+	for _, f := range p.Failed {
+		w.Failed = append(w.Failed, client.DrainFailure{ID: string(f.ID), Reason: f.Reason})
+	}
+	return w
+}
+
 func taintFromWire(t client.Taint) sandbox.Taint {
 	return sandbox.Taint{Key: t.Key, Value: t.Value, Effect: sandbox.TaintEffect(t.Effect)}
 }
@@ -55,7 +102,8 @@ func nodeToWire(n control.Node) client.Node {
 		Allocated: resourcesToWire(n.Allocated), Sandboxes: n.Sandboxes, Warm: n.Warm, Creating: n.Creating,
 		RegisteredAt: n.RegisteredAt, LastSeenAt: n.LastSeenAt, StateAt: n.StateAt.UTC(),
 		OwnLabels: n.Settings.Labels, Cordoned: n.Settings.Cordoned, CordonReason: n.Settings.Reason, Failures: n.Failures,
-		Taints: each(n.Settings.Taints, taintToWire),
+		Taints: each(n.Settings.Taints, taintToWire), UsedCPU: n.UsedCPU, UsedMemory: n.UsedMemory, UsedDisk: n.UsedDisk,
+		Address: n.Address, CPUFeatures: n.CPUFeatures, Machine: resourcesToWire(n.Machine), Drain: drainToWire(n.Drain),
 	}
 	if w.Engines == nil {
 		w.Engines = []string{}
