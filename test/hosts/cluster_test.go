@@ -2,7 +2,9 @@ package hosts_test
 
 import (
 	"context"
+	"net/http"
 	"testing"
+	"time"
 
 	"github.com/cloister-dev/cloister/internal/client"
 	"github.com/cloister-dev/cloister/test/harness"
@@ -41,4 +43,51 @@ func TestClusterRuns(t *testing.T) {
 		n, err := c.Node(ctx, hidden)
 		return err == nil && n.State == "ready"
 	})
+}
+
+// TestClusterWithoutServer loses the server's machine: a proxy goes on serving what runs, and the node works by itself. Once the
+// server is back it also carries what the proxy cannot send to the node directly.
+func TestClusterWithoutServer(t *testing.T) {
+	c := harness.NewCluster(t, harness.Shape{Nodes: 1, Proxies: 1})
+	node, proxy := c.Nodes[0], c.Proxies[0]
+	s, err := c.Client().CreateSandbox(t.Context(), client.CreateSandbox{TimeoutSeconds: 900})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.Wait("traffic through the proxy", func(ctx context.Context) bool { return healthy(ctx, proxy, s.ID) })
+	c.Server.Kill()
+	if !healthy(t.Context(), proxy, s.ID) {
+		t.Error("without the server the proxy does not reach the sandbox")
+	}
+	if out, code := node.CLI(t.Context(), "sandbox", "exec", s.ID, "echo here"); code != 0 || out != "here\n" {
+		t.Errorf("on the node itself: exit code %d, output %q", code, out)
+	}
+	c.Server.Again()
+	c.Wait("the server to know the sandbox again", func(ctx context.Context) bool {
+		got, err := c.Client().GetSandbox(ctx, s.ID)
+		return err == nil && got.State == "running"
+	})
+	c.Lab.Partition(proxy, node)
+	c.Wait("traffic through the server", func(ctx context.Context) bool { return healthy(ctx, proxy, s.ID) })
+	c.Lab.Heal()
+}
+
+// healthy asks the agent in a sandbox through a machine's proxy how it is.
+func healthy(ctx context.Context, proxy *harness.Machine, id string) bool {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	h := proxy.HTTP()
+	defer h.CloseIdleConnections()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://127.0.0.1:3002/health", http.NoBody)
+	if err != nil {
+		return false
+	}
+	req.Header.Set("E2b-Sandbox-Id", id)
+	req.Header.Set("E2b-Sandbox-Port", "49983")
+	resp, err := h.Do(req)
+	if err != nil {
+		return false
+	}
+	defer func() { _ = resp.Body.Close() }()
+	return resp.StatusCode == http.StatusNoContent
 }
