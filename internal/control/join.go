@@ -87,9 +87,14 @@ func newJoining(cfg *Config) *joining {
 	return j
 }
 
+// on reports whether machines can join.
+func (j *joining) on() bool {
+	return j.authority != nil && j.members != nil && j.tokens != nil && j.gate != nil
+}
+
 // check returns ErrUnsupported where nobody can join.
 func (j *joining) check() error {
-	if j.authority == nil || j.members == nil || j.tokens == nil || j.gate == nil {
+	if !j.on() {
 		return sandbox.Unsupportedf("this server has no port for other machines: nobody can join it")
 	}
 	return nil

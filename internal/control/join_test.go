@@ -369,7 +369,7 @@ func TestLeave(t *testing.T) {
 	who := n.identity.Member()
 	ctx := control.WithMember(t.Context(), who)
 	node := apitest.NewNode("bbbbbb")
-	c.Cluster.Join(t, node)
+	c.Join(t, node)
 	c.Agents.Set("aaaaaa", nil) // so that sandboxes go to the newcomer
 	mustCreate(t, c.Cluster, minute())
 	if _, err := c.Control.Leave(ctx, &clusterv1.LeaveRequest{}); !errors.Is(err, sandbox.ErrConflict) || !strings.Contains(err.Error(), "sandbox") {

@@ -63,7 +63,7 @@ type ClusterMember struct {
 
 // ListMembers returns the machines that joined, by role and name. This server and its own node are none of them.
 func (c *Control) ListMembers(ctx context.Context) ([]ClusterMember, error) {
-	if c.joining.check() != nil {
+	if !c.joining.on() {
 		return []ClusterMember{}, nil
 	}
 	all, err := c.joining.members.Members(ctx)

@@ -124,7 +124,7 @@ func (r *TokenRequest) check() (uses int, err error) {
 
 // ListTokens returns all join tokens, the oldest first; those that ended more than 7 days ago may be missing.
 func (c *Control) ListTokens(ctx context.Context) ([]Token, error) {
-	if c.joining.check() != nil {
+	if !c.joining.on() {
 		return []Token{}, nil
 	}
 	all, err := c.joining.tokens.Tokens(ctx)
