@@ -30,6 +30,7 @@ type Config struct {
 	PublicProxyURL string `name:"public-proxy-url" help:"URL by which clients reach the proxy; default: from proxy-addr"`
 	TLSCert        string `name:"tls-cert" help:"PEM file with the certificate chain of API and proxy; read again when it changes"`
 	TLSKey         string `name:"tls-key" help:"PEM file with the certificate's private key"`
+	ProxyHTTP1     string `name:"proxy-http1" help:"data path of HTTP/1.1 into sandboxes: fast, or standard, which is net/http's and slower"`
 	InsecureListen bool   `name:"insecure-listen" help:"allow listening beyond loopback without TLS, for use behind a proxy that adds it"`
 
 	ClusterAddr       string        `name:"cluster-addr" group:"Cluster" help:"address that joining machines and members reach a server on, with mutual TLS by the cluster's own authority; cloister up opens it once a join token was made"`
@@ -113,7 +114,7 @@ const leastStorage = 512 << 20
 // Default returns the settings that hold where nothing else is said.
 func Default() *Config {
 	return &Config{
-		DataDir: "/var/lib/cloister", Storage: StorageAuto, APIAddr: "127.0.0.1:3000", ProxyAddr: "127.0.0.1:3002",
+		DataDir: "/var/lib/cloister", Storage: StorageAuto, APIAddr: "127.0.0.1:3000", ProxyAddr: "127.0.0.1:3002", ProxyHTTP1: "fast",
 		ClusterAddr: ":3003", NodeAddr: ":3004", CertificateLife: 24 * time.Hour, SnapshotReplicas: 2, TemplatePlacement: PlaceOnDemand,
 		S3Region:        "us-east-1",
 		DefaultTemplate: "base", BaseSources: []string{"e2bdev/base:latest", "debian:bookworm"}, RegistryTimeout: 5 * time.Second,

@@ -75,6 +75,7 @@ func (c *Config) validateSizes() error {
 			errs = append(errs, fmt.Errorf("%s %v: want %s", name, value, want))
 		}
 	}
+	least(slices.Contains([]string{"fast", "standard"}, c.ProxyHTTP1), "proxy-http1", strconv.Quote(c.ProxyHTTP1), "fast or standard")
 	least(slices.Contains([]string{StorageAuto, StorageDir, StorageImage}, c.Storage), "storage", strconv.Quote(c.Storage), "auto, dir or image")
 	least(c.StorageSize == 0 || c.StorageSize >= leastStorage, "storage-size", c.StorageSize.String(), "0, or at least 512MiB")
 	least(c.StorageSize == 0 || c.Storage != StorageDir, "storage-size", c.StorageSize.String(), "0 with storage dir: only an image has a size")
