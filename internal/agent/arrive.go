@@ -139,7 +139,7 @@ func (a *Agent) goOn(ctx context.Context, in *instance, change string) error {
 		a.retryLater(ctx, in, a.takeBack(ctx, in))
 		return fmt.Errorf("go on with sandbox %s: %w", in.id, notOfTheCaller(err))
 	}
-	a.log.InfoContext(ctx, "sandbox "+change, slog.String("sandbox_id", string(in.id)), slog.Duration("after", time.Since(began)))
+	a.log.InfoContext(ctx, "sandbox moved", slog.String("op", change), slog.String("sandbox_id", string(in.id)), slog.Duration("after", time.Since(began)))
 	return nil
 }
 

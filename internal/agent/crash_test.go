@@ -355,13 +355,11 @@ func (k *crashTrial) describe(n *node, id sandbox.ID) string {
 func (k *crashTrial) moving(n *node, id sandbox.ID) string {
 	in, _ := n.get(id)
 	r := in.record()
-	what, err := "departed ", error(nil)
+	what, goOn := "departed ", func() error { return n.comeBack(id, 0) }
 	if r.Received {
-		what, err = "received ", n.arrive(id, r.Generation)
-	} else {
-		err = n.comeBack(id, 0)
+		what, goOn = "received ", func() error { return n.arrive(id, r.Generation) }
 	}
-	if err != nil {
+	if err := goOn(); err != nil {
 		return what + err.Error()
 	}
 	n.verify()

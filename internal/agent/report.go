@@ -32,7 +32,7 @@ type registration struct {
 	epoch int64
 	acked int64
 	full  bool // the server wants everything
-	whole bool // it was told everything
+	whole bool // it was told everything because the journal no longer has what it lacks
 }
 
 // reporter tells one server about the node.
@@ -148,7 +148,7 @@ func (a *reporter) tell(ctx context.Context, reg *registration) error {
 		switch {
 		case req.GetFull():
 			acked = max(acked, last) // everything up to there is in what was sent
-			reg.full, reg.whole = false, true
+			reg.full = false
 		case len(req.GetChanges()) == 0:
 			acked = reg.acked // there was nothing to acknowledge
 		case acked <= reg.acked:
@@ -195,6 +195,7 @@ func (a *reporter) nextReport(ctx context.Context, reg *registration) (req *node
 			}
 			return req, reg.acked + int64(len(changes)), nil
 		}
+		reg.whole = true
 	}
 	req.Full = true
 	if req.Changes, err = a.everything(ctx); err != nil {

@@ -31,6 +31,7 @@ import (
 	"github.com/cloister-dev/cloister/internal/journal"
 	"github.com/cloister-dev/cloister/internal/sandbox"
 	"github.com/cloister-dev/cloister/internal/snapshot"
+	"github.com/cloister-dev/cloister/test/harness"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -72,16 +73,11 @@ type node struct {
 // newNode starts a node whose sandboxes have addresses of 10.150.<third>.0/24. It ends with the test, and its sandboxes too.
 func newNode(tb testing.TB, third byte) *node {
 	tb.Helper()
-	if os.Geteuid() != 0 {
-		if os.Getenv("REQUIRE_HOSTS") != "" {
-			tb.Fatal("this test needs root")
-		}
-		tb.Skip("needs root")
-	}
+	harness.NeedRoot(tb)
 	dir := tb.TempDir()
 	n := &node{tb: tb, dir: dir}
 	for d := dir; d != "/" && d != os.TempDir(); d = filepath.Dir(d) {
-		n.must(os.Chmod(d, 0o711)) //nolint:gosec // the sentry, which is nobody, goes through
+		n.must(os.Chmod(d, 0o711)) // the sentry, which is nobody, goes through
 	}
 	log := slog.New(slog.NewTextHandler(testWriter{tb}, &slog.HandlerOptions{Level: slog.LevelWarn}))
 	jr, err := journal.Open(tb.Context(), filepath.Join(dir, "journal.db"), journal.Options{
