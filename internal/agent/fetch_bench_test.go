@@ -13,6 +13,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"syscall"
 	"testing"
 	"time"
 
@@ -77,7 +78,8 @@ func (n *node) heap(id string) {
 	n.m.check(err)
 }
 
-// BenchmarkFetch moves a checkpoint of 64 MiB between two nodes in one process over TLS on loopback, onto the disk.
+// BenchmarkFetch moves a checkpoint of 64 MiB between two nodes in one process over TLS on loopback, onto the disk. Best-ms is the fastest, which says most on
+// a machine that is busy; cpu-ms/op is the processor time of both nodes.
 func BenchmarkFetch(b *testing.B) {
 	m, other := newMachine(b), newMachine(b)
 	n := m.boot()
@@ -85,14 +87,29 @@ func BenchmarkFetch(b *testing.B) {
 	other.peers = serveTLS(b, n)
 	to := other.boot()
 	b.SetBytes(64 << 20)
+	best, used := time.Hour, processTime(b)
 	for b.Loop() {
+		began := time.Now()
 		resp, err := to.fetch("heap", false, &agentv1.Peer{NodeId: string(n.node)})
 		m.check(err)
 		if resp.GetMovedBytes() < 64<<20 {
 			b.Fatal(resp)
 		}
+		best = min(best, time.Since(began))
 		b.StopTimer()
 		m.check(to.saves.Remove("heap"))
 		b.StartTimer()
 	}
+	b.ReportMetric(float64(best.Milliseconds()), "best-ms")
+	b.ReportMetric(float64((processTime(b)-used).Milliseconds())/float64(b.N), "cpu-ms/op")
+}
+
+// processTime returns the processor time that the process has used.
+func processTime(b *testing.B) time.Duration {
+	b.Helper()
+	var u syscall.Rusage
+	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
+		b.Fatal(err)
+	}
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
