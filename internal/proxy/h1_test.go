@@ -474,3 +474,69 @@ func TestPoolForgets(t *testing.T) {
 		}
 	})
 }
+
+// TestUploadWhileDialling has a client send its body while its guest is still being connected to, and be watched meanwhile.
+func TestUploadWhileDialling(t *testing.T) {
+	r := newRig(t, nil)
+	r.listen(t, testID, 8000, http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) {
+		all, _ := io.ReadAll(q.Body)
+		_, _ = w.Write(all)
+	}))
+	conn := r.dialRaw(t)
+	body := strings.Repeat("0123456789", 1000)
+	r.onDial = func() {
+		<-time.After(3 * watchAfter) // somebody looks whether the client is there
+		_, _ = io.WriteString(conn, body[:1])
+		<-time.After(watchAfter)
+		go func() { _, _ = io.WriteString(conn, body[1:]) }()
+	}
+	head := fmt.Sprintf("POST / HTTP/1.1\r\n%sContent-Length: %d\r\n\r\n", toPort(8000), len(body))
+	if _, got := say(t, conn, bufio.NewReader(conn), "POST", head); got != body {
+		t.Errorf("%d bytes came back, want the %d that were sent", len(got), len(body))
+	}
+}
+
+// TestClientLeavesAfterUpload has a client send a whole body and not wait for the answer.
+func TestClientLeavesAfterUpload(t *testing.T) {
+	for _, length := range []int{5, 100_000} {
+		r := newRig(t, nil)
+		entered, left := make(chan struct{}), make(chan struct{})
+		r.listen(t, testID, 8000, http.HandlerFunc(func(_ http.ResponseWriter, q *http.Request) {
+			_, _ = io.Copy(io.Discard, q.Body)
+			close(entered)
+			<-q.Context().Done()
+			close(left)
+		}))
+		conn := r.dialRaw(t)
+		_, _ = fmt.Fprintf(conn, "POST / HTTP/1.1\r\n%sContent-Length: %d\r\n\r\n%s", toPort(8000), length, strings.Repeat("x", length))
+		<-entered
+		_ = conn.Close()
+		<-left
+	}
+}
+
+// TestNextRequestWhileWaiting has a client send its next request while the answer to the first is awaited.
+func TestNextRequestWhileWaiting(t *testing.T) {
+	r := newRig(t, nil)
+	next := make(chan struct{}, 1)
+	r.listen(t, testID, 8000, http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) {
+		if q.URL.Path == "/first" {
+			next <- struct{}{}
+			<-time.After(3 * watchAfter)
+		}
+		_, _ = io.WriteString(w, q.URL.Path)
+	}))
+	conn := r.dialRaw(t)
+	go func() {
+		<-next
+		<-time.After(2 * watchAfter)
+		_, _ = io.WriteString(conn, "GET /second HTTP/1.1\r\n"+toPort(8000)+"\r\n")
+	}()
+	br := bufio.NewReader(conn)
+	if _, got := say(t, conn, br, "GET", "GET /first HTTP/1.1\r\n"+toPort(8000)+"\r\n"); got != "/first" {
+		t.Error(got)
+	}
+	if _, got := say(t, conn, br, "GET", ""); got != "/second" {
+		t.Error(got)
+	}
+}

@@ -43,6 +43,7 @@ type clientConn struct {
 	end      int
 	head     h1.Head // of the current request; its slices are parts of buf
 	deadline time.Time
+	limited  bool   // deadline is that of the head that is being read
 	out      []byte // for what is written at once
 
 	state atomic.Int32 // clientIdle to clientClosing
@@ -83,6 +84,7 @@ func (c *clientConn) serve(ctx context.Context) error {
 // readHead reads the next request's head and returns its length.
 func (c *clientConn) readHead(first bool) (int, error) {
 	c.compact()
+	c.limited = false
 	skip := !first // the empty line that old clients send after a body
 	for fresh := c.end > 0; ; {
 		if skip && bytes.HasPrefix(c.buf[:c.end], []byte("\r\n")) {
@@ -120,6 +122,9 @@ func tooLong(n int, err error) error {
 func (c *clientConn) compact() {
 	c.end = copy(c.buf, c.buf[c.next:c.end])
 	c.next = 0
+	if c.end == 0 && len(c.buf) > 4*clientBuffer {
+		c.buf = make([]byte, clientBuffer) // the long head was one, and the connection may be kept for hours
+	}
 }
 
 // fill reads more of a head. The first bytes may take the idle timeout, the others as long as a head.
@@ -128,7 +133,8 @@ func (c *clientConn) fill() error {
 		if err := c.idle(); err != nil {
 			return err
 		}
-	} else if time.Until(c.deadline) > readHeaderTimeout {
+	} else if !c.limited {
+		c.limited = true
 		c.setDeadline(time.Now().Add(readHeaderTimeout))
 	}
 	if c.end+1 >= len(c.buf) {

@@ -118,7 +118,9 @@ func (t *transit) compose() error {
 			out = h1.AppendField(out, f.Name, f.Value)
 		}
 	}
-	out = h1.AppendField(out, "X-Forwarded-For", c.host)
+	if len(c.host) > 0 {
+		out = h1.AppendField(out, "X-Forwarded-For", c.host)
+	}
 	out = h1.AppendField(out, "X-Forwarded-Host", t.ask.host)
 	if c.secure {
 		out = append(out, "X-Forwarded-Proto: https\r\n"...)
@@ -129,9 +131,17 @@ func (t *transit) compose() error {
 		out = h1.AppendField(out, "X-Forwarded-Prefix", t.dest.prefix)
 	}
 	out = append(t.appendFraming(out), "\r\n"...)
+	c.out = out
+	if t.body.complete.Load() {
+		return nil
+	}
+	c.lookAway() // what it has read is of the body
 	out, used, err := t.body.take(out, c.buf[c.next:c.end])
 	c.next += used
 	c.out = out
+	if t.body.complete.Load() {
+		c.lookOut(t)
+	}
 	return err
 }
 

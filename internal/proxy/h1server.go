@@ -31,6 +31,7 @@ type fastServer struct {
 	foreign  func(host string) bool
 	standard *http.Server
 	handOver *handOver
+	grace    time.Duration
 	stall    time.Duration
 
 	draining atomic.Bool
@@ -88,7 +89,7 @@ func (s *fastServer) shutdown(ctx context.Context) {
 		s.clients.Wait()
 		close(over)
 	}()
-	s.wait(ctx, over, s.proxy.drainTimeout)
+	s.wait(ctx, over, s.grace)
 	s.proxy.forwarder.guests.close(errShutdown)
 	s.wait(ctx, over, lastWords)
 	_ = s.standard.Close()

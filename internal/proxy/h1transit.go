@@ -282,6 +282,7 @@ func (t *transit) left() bool {
 // finish gives the client's buffer and connection back to its goroutine.
 func (t *transit) finish() {
 	t.stopUpload()
+	t.expect.end()
 	t.client.lookAway()
 }
 

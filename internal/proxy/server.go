@@ -39,9 +39,11 @@ type ServeOptions struct {
 	// Foreign reports whether a Host header, as sent and with a port where it has one, names something else than a sandbox, such as
 	// the API. A connection that asks for one stays with net/http from then on. Nil means that none does.
 	Foreign func(host string) bool
+	// Grace takes the place of Config.DrainTimeout where it is not 0.
+	Grace time.Duration
 }
 
-// Serve answers on the listener until ctx ends, then closes it, lets open requests go on for Config.DrainTimeout, cuts the
+// Serve answers on the listener until ctx ends, then closes it, lets open requests go on for a while, cuts the
 // rest and closes the Proxy. It returns when all of that is over: nil after ctx has ended, else why the listener failed.
 func (p *Proxy) Serve(ctx context.Context, l net.Listener, opt ServeOptions) error {
 	bounded := &boundedListener{Listener: l, slots: make(chan struct{}, p.maxConnections), done: make(chan struct{})}
@@ -49,27 +51,28 @@ func (p *Proxy) Serve(ctx context.Context, l net.Listener, opt ServeOptions) err
 		opt.Handler = p
 	}
 	srv := p.server(opt.Handler)
+	opt.Grace = orDefault(opt.Grace, p.drainTimeout)
 	if p.http1 == HTTP1Standard {
-		return p.serveStandard(ctx, bounded, srv, opt.TLS)
+		return p.serveStandard(ctx, bounded, srv, opt)
 	}
 	s := &fastServer{
 		proxy: p, listener: bounded, tls: opt.TLS, foreign: opt.Foreign, standard: srv, handOver: newHandOver(l.Addr()),
-		stall: p.stallTimeout, open: make(map[*clientConn]struct{}),
+		grace: opt.Grace, stall: p.stallTimeout, open: make(map[*clientConn]struct{}),
 	}
 	return s.run(ctx)
 }
 
 // serveStandard leaves everything to net/http.
-func (p *Proxy) serveStandard(ctx context.Context, l net.Listener, srv *http.Server, config *tls.Config) error {
+func (p *Proxy) serveStandard(ctx context.Context, l net.Listener, srv *http.Server, opt ServeOptions) error {
 	addr := l.Addr()
-	if config != nil {
-		l = tls.NewListener(l, config)
+	if opt.TLS != nil {
+		l = tls.NewListener(l, opt.TLS)
 	}
 	group, groupCtx := errgroup.WithContext(ctx)
 	group.Go(func() error { return serve(srv, l, addr) })
 	group.Go(func() error {
 		<-groupCtx.Done()
-		p.shutdown(context.WithoutCancel(groupCtx), srv)
+		p.shutdown(context.WithoutCancel(groupCtx), srv, opt.Grace)
 		return nil
 	})
 	return group.Wait()
@@ -111,8 +114,8 @@ func (p *Proxy) server(handler http.Handler) *http.Server {
 	}
 }
 
-func (p *Proxy) shutdown(ctx context.Context, srv *http.Server) {
-	drain, cancel := context.WithTimeout(ctx, p.drainTimeout)
+func (p *Proxy) shutdown(ctx context.Context, srv *http.Server, grace time.Duration) {
+	drain, cancel := context.WithTimeout(ctx, grace)
 	defer cancel()
 	_ = srv.Shutdown(drain) // what it leaves open is cut next
 	p.forwarder.guests.close(errShutdown)
