@@ -79,11 +79,16 @@ func (h *Hub) Peers() []Peer {
 	return all
 }
 
-// Connected reports whether the member has a link.
+// Connected reports whether the member can be called.
 func (h *Hub) Connected(m sandbox.Member) bool {
 	h.mu.Lock()
-	defer h.mu.Unlock()
-	return h.peers[m] != nil
+	p := h.peers[m]
+	h.mu.Unlock()
+	if p == nil {
+		return false
+	}
+	s, _ := p.get(RPC)
+	return s != nil
 }
 
 // Drop ends the member's link, if it has one. Whether it may come back is Identify's to say.

@@ -35,7 +35,7 @@ const (
 type ReachConfig struct {
 	// TLS returns the settings of a connection to the expected member and nobody else.
 	TLS func(expect sandbox.Member) *tls.Config
-	// Via is the other way: through a server, which passes streams on.
+	// Via is the other way: through a server, which passes streams on. Nil where there is none.
 	Via Opener
 }
 
@@ -52,12 +52,13 @@ func NewReach(cfg ReachConfig) *Reach {
 	return &Reach{cfg: cfg, failed: make(map[string]time.Time)}
 }
 
-// Dial opens a stream to the node. The head's Node is set to the endpoint's. Errors: a *RemoteError where the node was
-// reached and says no; ErrUnavailable where neither way leads to it. Guest streams are a Conn.
+// Dial opens a stream to the node. The head's Node is set to the endpoint's. Errors: a *RemoteError where the node, or the
+// server that should have passed the stream on, says no; ErrUnavailable where neither way leads to it. Guest streams are a
+// Conn, except to a node of this process, which gives what it dialed.
 func (r *Reach) Dial(ctx context.Context, to Endpoint, h Head) (net.Conn, error) {
 	h.Node = to.Node
 	if to.Address == "" || r.pausing(to.Address, time.Now()) {
-		return r.cfg.Via.Open(ctx, h)
+		return r.around(ctx, h)
 	}
 	c, err := r.direct(ctx, to, h)
 	var answered *RemoteError
@@ -65,11 +66,19 @@ func (r *Reach) Dial(ctx context.Context, to Endpoint, h Head) (net.Conn, error)
 		return c, err
 	}
 	r.note(to.Address, time.Now())
-	c, other := r.cfg.Via.Open(ctx, h)
+	c, other := r.around(ctx, h)
 	if other != nil && !errors.As(other, &answered) {
 		return nil, fmt.Errorf("%w; and directly: %w", other, err)
 	}
 	return c, other
+}
+
+// around opens a stream through a server.
+func (r *Reach) around(ctx context.Context, h Head) (net.Conn, error) {
+	if r.cfg.Via == nil {
+		return nil, sandbox.Unavailablef("node %s cannot be dialed, and there is no way through a server", h.Node)
+	}
+	return r.cfg.Via.Open(ctx, h)
 }
 
 // ArtifactClient returns a client whose requests go to the node's artifacts, at BaseURL. The caller closes its idle

@@ -93,3 +93,13 @@ func fetch(t *testing.T, c *http.Client, path string) string {
 	}
 	return string(body)
 }
+
+// TestReachWithoutServer has only the direct way.
+func TestReachWithoutServer(t *testing.T) {
+	r := newRig(t)
+	reach := r.reach(proxyP, nil)
+	_, err := reach.Dial(t.Context(), link.Endpoint{Node: "nodeaa"}, link.GuestHead("", box, 80))
+	if !errors.Is(err, sandbox.ErrUnavailable) {
+		t.Errorf("%v; want ErrUnavailable", err)
+	}
+}
