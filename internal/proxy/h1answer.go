@@ -193,7 +193,7 @@ func (t *transit) passAnswer(ctx context.Context) error {
 		err = t.write(out, 0)
 	case framingLength:
 		err = t.passLength(out)
-	default:
+	case framingChunks, framingEnd:
 		s := stream{t: t, out: out, coded: by == framingChunks, chunked: c.head.Minor > 0}
 		if err := s.frame(t.in[t.from:t.to]); err != nil {
 			return err
@@ -204,7 +204,7 @@ func (t *transit) passAnswer(ctx context.Context) error {
 	t.outcome.status = t.head.Status
 	if err != nil {
 		t.abort(by)
-		return nil
+		return nil //nolint:nilerr // the answer has begun: what it met can only cut it short
 	}
 	if by != framingEnd && t.reusable() {
 		t.release()

@@ -63,8 +63,7 @@ func (c *clientConn) serve(ctx context.Context) error {
 	c.watch.cancel = cancel
 	for first := true; ; first = false {
 		n, err := c.readHead(first)
-		var bad *h1.Error
-		if errors.As(err, &bad) {
+		if bad, ok := errors.AsType[*h1.Error](err); ok {
 			c.refuse(ctx, bad)
 			return errDone
 		}

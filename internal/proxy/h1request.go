@@ -75,8 +75,7 @@ func plainPath(path []byte) bool {
 	if len(path) == 0 || path[0] != '/' {
 		return false
 	}
-	for i := 0; i < len(path); i++ {
-		c := path[i]
+	for i, c := range path {
 		switch {
 		case 'a' <= c && c <= 'z', 'A' <= c && c <= 'Z', '0' <= c && c <= '9':
 		case c == '%':

@@ -67,7 +67,7 @@ func (c *Chunks) Next(in []byte) (data []byte, used int, err error) {
 
 // step takes one byte that is neither data nor trailer.
 func (c *Chunks) step(b byte) error {
-	switch c.state {
+	switch c.state { //nolint:exhaustive // data and trailer are not bytes of their own; all others belong to the size's line
 	case chunkDataCR:
 		if b != '\r' {
 			return badChunk("data that is longer than its size")

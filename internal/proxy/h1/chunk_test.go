@@ -9,29 +9,36 @@ import (
 	"testing"
 )
 
+// decoded is a body without its coding, and what came after it.
+type decoded struct {
+	Chunks
+	data, rest []byte
+}
+
 // decode feeds a body in pieces of n bytes.
-func decode(in []byte, n int) (data, rest []byte, c *Chunks, err error) {
-	c = new(Chunks)
+func decode(in []byte, n int) (got decoded, err error) {
+	c := &got.Chunks
 	for len(in) > 0 && !c.Done() {
 		piece := in[:min(n, len(in))]
 		for len(piece) > 0 && !c.Done() {
 			d, used, err := c.Next(piece)
 			if err != nil {
-				return data, nil, c, err
+				return got, err
 			}
-			data = append(data, d...)
+			got.data = append(got.data, d...)
 			piece, in = piece[used:], in[used:]
 		}
 	}
-	return data, in, c, nil
+	got.rest = in
+	return got, nil
 }
 
 func TestChunks(t *testing.T) {
 	const body = "5\r\nhello\r\n1;ext=\"a\"\r\n \r\n00005 \t\r\nworld\r\n0\r\nX-Sum: 1\r\nContent-Length: 9\r\nX-Forwarded-For: 6.6.6.6\r\nE2b-Sandbox-Id: x\r\n\r\nGET /"
 	for n := 1; n < len(body)+1; n++ {
-		data, rest, c, err := decode([]byte(body), n)
-		if err != nil || string(data) != "hello world" || string(rest) != "GET /" || !c.Done() {
-			t.Fatalf("in pieces of %d: %q, rest %q, %v", n, data, rest, err)
+		c, err := decode([]byte(body), n)
+		if err != nil || string(c.data) != "hello world" || string(c.rest) != "GET /" || !c.Done() {
+			t.Fatalf("in pieces of %d: %q, rest %q, %v", n, c.data, c.rest, err)
 		}
 		if got := string(AppendEnd(nil, c.Trailer())); got != "0\r\nX-Sum: 1\r\n\r\n" {
 			t.Fatalf("trailer: %q", got)
@@ -63,10 +70,10 @@ func TestBadChunks(t *testing.T) {
 		"extension without digit": ";a\r\n",
 	} {
 		t.Run(name, func(t *testing.T) {
-			data, _, c, err := decode([]byte(body), len(body))
+			c, err := decode([]byte(body), len(body))
 			var bad *Error
 			if !errors.As(err, &bad) || c.Done() {
-				t.Errorf("%q %v, want a refusal", data, err)
+				t.Errorf("%q %v, want a refusal", c.data, err)
 			}
 		})
 	}
@@ -89,17 +96,17 @@ func FuzzChunks(f *testing.F) {
 	f.Add([]byte("1;a=b\r\nx\r\n0\r\nX: y\r\n\r\nmore"), 1)
 	f.Add([]byte("5 \r\nhello\r\n00\r\n\r\n"), 100)
 	f.Fuzz(func(t *testing.T, in []byte, n int) {
-		data, rest, c, err := decode(in, max(n, 1))
-		whole, wholeRest, _, wholeErr := decode(in, len(in)+1)
-		if (err == nil) != (wholeErr == nil) || err == nil && (!bytes.Equal(data, whole) || !bytes.Equal(rest, wholeRest)) {
-			t.Fatalf("%q: in pieces %q %v, at once %q %v", in, data, err, whole, wholeErr)
+		c, err := decode(in, max(n, 1))
+		whole, wholeErr := decode(in, len(in)+1)
+		if (err == nil) != (wholeErr == nil) || err == nil && (!bytes.Equal(c.data, whole.data) || !bytes.Equal(c.rest, whole.rest)) {
+			t.Fatalf("%q: in pieces %q %v, at once %q %v", in, c.data, err, whole.data, wholeErr)
 		}
 		if err != nil || !c.Done() {
 			return
 		}
 		theirs, err := io.ReadAll(httputil.NewChunkedReader(bytes.NewReader(in)))
-		if err != nil || !bytes.Equal(theirs, data) {
-			t.Fatalf("%q: %q, net/http: %q %v", in, data, theirs, err)
+		if err != nil || !bytes.Equal(theirs, c.data) {
+			t.Fatalf("%q: %q, net/http: %q %v", in, c.data, theirs, err)
 		}
 	})
 }

@@ -68,7 +68,7 @@ func run(ctx context.Context, o options) error {
 				}
 				key := k.name + "/" + w.name
 				got[key] = append(got[key], s)
-				fmt.Fprintf(os.Stdout, "BenchmarkProxy/body=%s/via=%s 1 %.0f req/s %d p50-ns %d p99-ns %d cpu-ns\n", k.name, w.name, s.rate, s.p50.Nanoseconds(), s.p99.Nanoseconds(), s.cpu.Nanoseconds())
+				_, _ = fmt.Fprintf(os.Stdout, "BenchmarkProxy/body=%s/via=%s 1 %.0f req/s %d p50-ns %d p99-ns %d cpu-ns\n", k.name, w.name, s.rate, s.p50.Nanoseconds(), s.p99.Nanoseconds(), s.cpu.Nanoseconds())
 			}
 		}
 	}
@@ -195,7 +195,7 @@ func measure(ctx context.Context, o options, w way, k kind) (sample, error) {
 func processorTime(pid int) (time.Duration, error) {
 	const tick = 10 * time.Millisecond // of USER_HZ
 	proc := filepath.Join("/proc", strconv.Itoa(pid))
-	stat, err := os.ReadFile(filepath.Join(proc, "stat"))
+	stat, err := os.ReadFile(filepath.Join(proc, "stat")) //nolint:gosec // of a number
 	if err != nil {
 		return 0, fmt.Errorf("read processor time: %w", err)
 	}
@@ -204,8 +204,8 @@ func processorTime(pid int) (time.Duration, error) {
 	user, err := strconv.Atoi(fields[11])
 	system, err2 := strconv.Atoi(fields[12])
 	sum := time.Duration(user+system) * tick
-	children, err3 := os.ReadFile(filepath.Join(proc, "task", strconv.Itoa(pid), "children"))
-	for _, child := range strings.Fields(string(children)) {
+	children, err3 := os.ReadFile(filepath.Join(proc, "task", strconv.Itoa(pid), "children")) //nolint:gosec // likewise
+	for child := range strings.FieldsSeq(string(children)) {
 		id, err := strconv.Atoi(child)
 		if err != nil {
 			return 0, fmt.Errorf("read children: %w", err)

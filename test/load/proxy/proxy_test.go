@@ -38,9 +38,10 @@ func (guest) Await(ctx context.Context, _ sandbox.ID, _ sandbox.Route) (sandbox.
 }
 
 // Wake has nothing to do.
-func (g guest) Wake(ctx context.Context, id sandbox.ID) (sandbox.Route, error) { return g.Route(ctx, id) }
+func (g guest) Wake(ctx context.Context, id sandbox.ID) (sandbox.Route, error) {
+	return g.Route(ctx, id)
+}
 
-//nolint:revive // as in the interface
 func (g guest) DialGuest(ctx context.Context, _ sandbox.NodeID, _ sandbox.ID, _ uint16) (net.Conn, error) {
 	var d net.Dialer
 	return d.DialContext(ctx, "tcp", g.addr)
