@@ -47,15 +47,15 @@ type checkpoints interface {
 	Commit(st *snapshot.Staging, m snapshot.Manifest) (snapshot.Manifest, error)
 	Get(id string) (snapshot.Manifest, error)
 	List() []snapshot.Manifest
-	Hold(id string) (*snapshot.Held, error)
 	Remove(id string) error
 	Recover(ctx context.Context) error
 	Bytes() int64
 	checkpointMover
 }
 
-// checkpointMover gets checkpoints from other nodes, and has what came along with them.
+// checkpointMover hands checkpoints out, gets others from elsewhere, and has what came along with them.
 type checkpointMover interface {
+	Hold(id string) (*snapshot.Held, error)
 	Import(id string) (*snapshot.Import, error)
 	Parcel(id string) ([]byte, error)
 	Sweep(ctx context.Context) error
