@@ -53,6 +53,9 @@ func (a *Agent) receivedRecord(ctx context.Context, req *agentv1.ReceiveRequest)
 	if err != nil {
 		return nil, err
 	}
+	if got := p.GetCheckpoint().GetId(); got != id {
+		return nil, sandbox.Invalidf("checkpoint %s came with the settings of a sandbox that was saved in %.80q", id, got)
+	}
 	return a.fromWireParcel(p, req.GetGeneration())
 }
 
