@@ -5,11 +5,12 @@ import (
 	"testing/synctest"
 	"time"
 
+	"google.golang.org/protobuf/types/known/timestamppb"
+
 	"github.com/cloister-dev/cloister/internal/api/apitest"
 	"github.com/cloister-dev/cloister/internal/control"
 	proxyv1 "github.com/cloister-dev/cloister/internal/gen/proxy/v1"
 	"github.com/cloister-dev/cloister/internal/sandbox"
-	"google.golang.org/protobuf/types/known/timestamppb"
 )
 
 // reporter reports as the proxy pppppp.

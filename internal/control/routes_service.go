@@ -41,10 +41,7 @@ func (s *routeService) Watch(ctx context.Context, req *proxyv1.WatchRequest, str
 		return err
 	}
 	s.control.activity.expect(id)
-	if err := s.control.watchRoutes(ctx, req, stream.Send); err != nil {
-		return fmt.Errorf("send routes to proxy %s: %w", id, err)
-	}
-	return nil
+	return fmt.Errorf("send routes to proxy %s: %w", id, s.control.watchRoutes(ctx, req, stream.Send))
 }
 
 // Lookup finds one sandbox.

@@ -21,7 +21,7 @@ const (
 )
 
 // watchRoutes sends the routing table, or what has changed in it since the version that the caller has, and then every
-// change until ctx ends or send fails. A caller that takes its time holds up nobody but itself.
+// change until ctx ends or send fails, whose error it returns. A caller that takes its time holds up nobody but itself.
 func (c *Control) watchRoutes(ctx context.Context, req *proxyv1.WatchRequest, send func(*proxyv1.WatchResponse) error) error {
 	at := req.GetVersion()
 	if req.GetTable() != c.routes.table {

@@ -8,11 +8,10 @@ import (
 	"testing"
 	"time"
 
-	agentv1 "github.com/cloister-dev/cloister/internal/gen/agent/v1"
-	proxyv1 "github.com/cloister-dev/cloister/internal/gen/proxy/v1"
-
 	"github.com/cloister-dev/cloister/internal/api/apitest"
 	"github.com/cloister-dev/cloister/internal/control"
+	agentv1 "github.com/cloister-dev/cloister/internal/gen/agent/v1"
+	proxyv1 "github.com/cloister-dev/cloister/internal/gen/proxy/v1"
 	"github.com/cloister-dev/cloister/internal/sandbox"
 )
 
