@@ -166,7 +166,10 @@ func (m *memberRole) renew(ctx context.Context) {
 			continue
 		}
 		m.tellRenewal(ctx, err)
-		pause := min(renewPause, max(time.Until(m.identity.Expires())/10, time.Second))
+		pause := renewPause
+		if left := time.Until(m.identity.Expires()); left > 0 {
+			pause = min(renewPause, max(left/10, time.Second))
+		}
 		if !sleepUntil(ctx, time.Now().Add(pause)) {
 			return
 		}

@@ -10,6 +10,7 @@ import (
 	"github.com/cloister-dev/cloister/internal/guestnet"
 	"github.com/cloister-dev/cloister/internal/install"
 	"github.com/cloister-dev/cloister/internal/journal"
+	"github.com/cloister-dev/cloister/internal/sandbox"
 )
 
 // Preflight checks whether this machine is fit for the settings. What a running daemon of the same data directory holds
@@ -21,13 +22,29 @@ func Preflight(ctx context.Context, cfg *config.Config) []install.Finding {
 		Resolvers: func() []netip.Addr { return resolvers(cfg) },
 	}
 	if _, running := HolderOf(cfg.DataDir); !running {
-		for setting, addr := range map[string]string{"api-addr": cfg.APIAddr, "proxy-addr": cfg.ProxyAddr, "debug-addr": cfg.DebugAddr} {
+		for setting, addr := range portsOf(cfg) {
 			if addr != "" {
 				s.Listeners = append(s.Listeners, install.Listener{Setting: setting, Addr: addr})
 			}
 		}
 	}
 	return install.Preflight(ctx, s)
+}
+
+// portsOf returns what the role of the data directory listens on, by setting: what a member has where the machine joined, else
+// what a server has. The cluster port is not among them: cloister up opens it later, and says then who holds it.
+func portsOf(cfg *config.Config) map[string]string {
+	ports := map[string]string{"debug-addr": cfg.DebugAddr}
+	id, err := openIdentity(cfg.DataDir)
+	switch {
+	case err != nil:
+		ports["api-addr"], ports["proxy-addr"] = cfg.APIAddr, cfg.ProxyAddr
+	case id.Member().Role == sandbox.RoleNode:
+		ports["node-addr"] = cfg.NodeAddr
+	default:
+		ports["proxy-addr"] = cfg.ProxyAddr
+	}
+	return ports
 }
 
 // overlaps returns what else uses addresses of the sandboxes' range.
