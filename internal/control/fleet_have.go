@@ -134,18 +134,9 @@ func (f *fleet) isReady(id sandbox.NodeID) bool {
 }
 
 // givenUp reports whether a node has been silent for so long that its paused sandboxes are brought back elsewhere. A
-// server that has just started does not know for how long.
-func (f *fleet) givenUp(id sandbox.NodeID, now time.Time) bool {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	m := f.members[id]
-	switch {
-	case m == nil:
-		return true
-	case m.state != sandbox.NodeDown:
-		return false
-	}
-	return m.epoch != 0 || now.Sub(m.stateAt) >= 2*f.limits.DownAfter
+// server that has just started does not know for how long. It requires mu.
+func (f *fleet) givenUp(m *member, now time.Time) bool {
+	return m.state == sandbox.NodeDown && (m.epoch != 0 || now.Sub(m.stateAt) >= 2*f.limits.DownAfter)
 }
 
 // openNodes lists the nodes that are ready and get new sandboxes.

@@ -54,7 +54,7 @@ func (c *Control) locate(ctx context.Context, id sandbox.ID) (sandbox.Sandbox, e
 		return sandbox.Sandbox{}, c.unreachable(id, node)
 	}
 	// Anybody can make up ids: this many a second may trouble the nodes.
-	if _, killed := c.noted.kill(id); killed || !c.lookups.Allow() {
+	if c.noted.doomed(id) || !c.lookups.Allow() {
 		return sandbox.Sandbox{}, unknown(id)
 	}
 	ctx, cancel := context.WithTimeout(ctx, c.limits.CallDeadline)

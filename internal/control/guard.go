@@ -116,7 +116,7 @@ func (c *Control) recoverBox(ctx context.Context, r sandbox.Replica, to sandbox.
 	next := r
 	next.Home, next.Generation, next.Returning = to, r.Generation+1, true
 	next.Holders = slices.DeleteFunc(slices.Clone(r.Holders), func(n sandbox.NodeID) bool { return n == to })
-	p, ok := c.noted.placement(r.ID)
+	p, _ := c.noted.placement(r.ID)
 	next.Generation = max(next.Generation, p.Generation+1) // 0 where there is none
 	err := c.replicas.MoveReplica(ctx, r, next, sandbox.Placement{
 		ID: r.ID, Node: to, Generation: next.Generation, Stale: []sandbox.NodeID{r.Home},

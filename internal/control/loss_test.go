@@ -164,18 +164,19 @@ func TestCutLink(t *testing.T) {
 }
 
 // guarded is a cluster of three nodes in which the first has a paused sandbox that the others can bring back.
-func guarded(t *testing.T) (c *apitest.Cluster, b, d *apitest.Node, box sandbox.Sandbox) {
+func guarded(t *testing.T) (c *apitest.Cluster, others [2]*apitest.Node, box sandbox.Sandbox) {
 	t.Helper()
 	c = apitest.NewCluster(t, impatient)
 	box = mustCreate(t, c, minute())
 	box = mustPause(t, c, box.ID)
-	b, d = apitest.NewNode("bbbbbb"), apitest.NewNode("cccccc")
-	c.Join(t, b)
-	c.Join(t, d)
+	for i, id := range []sandbox.NodeID{"bbbbbb", "cccccc"} {
+		others[i] = apitest.NewNode(id)
+		c.Join(t, others[i])
+	}
 	running(t, c)
 	asleep(3 * time.Second)
 	synctest.Wait()
-	return c, b, d, box
+	return c, others, box
 }
 
 func records(t *testing.T, c *apitest.Cluster) []sandbox.Replica {
@@ -189,7 +190,8 @@ func records(t *testing.T, c *apitest.Cluster) []sandbox.Replica {
 
 func TestReplicaIsMadeAndFenced(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c, b, d, box := guarded(t)
+		c, others, box := guarded(t)
+		b, d := others[0], others[1]
 		all := records(t, c)
 		if len(all) != 1 || all[0].Home != "aaaaaa" || len(all[0].Holders) != 1 || all[0].Checkpoint != box.Checkpoint || !c.Node.Guarded(box.ID) {
 			t.Fatalf("records %+v", all)
@@ -218,7 +220,7 @@ func TestReplicaIsMadeAndFenced(t *testing.T) {
 // TestFenceHolds checks that a sandbox is not resumed at home while nobody knows whether it is brought back elsewhere.
 func TestFenceHolds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c, _, _, box := guarded(t)
+		c, _, box := guarded(t)
 		c.Decided.FailWrites(sandbox.Unavailablef("the store does not answer"), false)
 		if _, _, err := c.Control.Connect(t.Context(), box.ID, hour()); !errors.Is(err, sandbox.ErrUnavailable) || c.Node.Resumes() != 0 {
 			t.Errorf("%v, %d resumes", err, c.Node.Resumes())
@@ -235,7 +237,8 @@ func TestRecovery(t *testing.T) {
 	for _, fault := range []string{"", "Receive", "Arrive"} {
 		t.Run("fault "+fault, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				c, b, d, box := guarded(t)
+				c, others, box := guarded(t)
+				b, d := others[0], others[1]
 				for _, n := range []*apitest.Node{b, d} {
 					if fault != "" {
 						n.FailOn(fault, apitest.Fault{Err: errAway, Times: 2, After: fault == "Arrive"})
@@ -266,7 +269,8 @@ func TestRecovery(t *testing.T) {
 // TestKillGuarded checks that nothing brings a killed sandbox back.
 func TestKillGuarded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c, b, d, box := guarded(t)
+		c, others, box := guarded(t)
+		b, d := others[0], others[1]
 		silent(t, c, c.Node, 10*time.Second, b, d)
 		c.Agents.Set("aaaaaa", c.Node)
 		if err := c.Control.Kill(t.Context(), box.ID); err != nil || len(records(t, c)) != 0 {
@@ -282,7 +286,8 @@ func TestKillGuarded(t *testing.T) {
 // TestRecoveryAfterARestart checks that a server that has just started waits before it gives nodes up, and then does.
 func TestRecoveryAfterARestart(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c, b, d, box := guarded(t)
+		c, others, box := guarded(t)
+		b, d := others[0], others[1]
 		c.Agents.Set("aaaaaa", nil)
 		c.Restart(t, impatient)
 		c.Join(t, b)
@@ -301,7 +306,8 @@ func TestRecoveryAfterARestart(t *testing.T) {
 
 func TestRemoveNode(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c, b, d, box := guarded(t)
+		c, others, box := guarded(t)
+		b, d := others[0], others[1]
 		lost := mustCreate(t, c, minute())
 		for lost.NodeID != "aaaaaa" {
 			lost = mustCreate(t, c, minute())

@@ -228,7 +228,7 @@ func (c *Control) receiveAt(ctx context.Context, t *transfer, to sandbox.NodeID)
 // arrive lets a sandbox count at the node that received it, once its placement says so.
 func (c *Control) arrive(ctx context.Context, id sandbox.ID, at sandbox.NodeID, generation int64) (sandbox.Sandbox, error) {
 	for try := 1; ; try++ {
-		box, err := c.arriveOnce(ctx, id, at, generation)
+		box, err := c.arriveOnce(ctx, at, &agentv1.ArriveRequest{Id: string(id), Generation: generation})
 		if err == nil || !errors.Is(err, sandbox.ErrUnavailable) || try == arriveTries || ctx.Err() != nil {
 			return box, err
 		}
@@ -236,19 +236,30 @@ func (c *Control) arrive(ctx context.Context, id sandbox.ID, at sandbox.NodeID, 
 	}
 }
 
-func (c *Control) arriveOnce(ctx context.Context, id sandbox.ID, at sandbox.NodeID, generation int64) (sandbox.Sandbox, error) {
+// arriveAnyhow is arrive of a sandbox of which there is no other copy: where it cannot run it is paused.
+func (c *Control) arriveAnyhow(ctx context.Context, id sandbox.ID, at sandbox.NodeID, generation int64) error {
+	_, err := c.arrive(ctx, id, at, generation)
+	if err == nil || errors.Is(err, sandbox.ErrUnavailable) || errors.Is(err, sandbox.ErrNotFound) || ctx.Err() != nil {
+		return err
+	}
+	c.log.LogAttrs(ctx, slog.LevelWarn, "moved sandbox cannot run and is paused", slog.String("sandbox_id", string(id)), nodeAttr(at), errAttr(err))
+	_, err = c.arriveOnce(ctx, at, &agentv1.ArriveRequest{Id: string(id), Generation: generation, Paused: true})
+	return err
+}
+
+func (c *Control) arriveOnce(ctx context.Context, at sandbox.NodeID, req *agentv1.ArriveRequest) (sandbox.Sandbox, error) {
 	agent, err := c.agent(at)
 	if err != nil {
 		return sandbox.Sandbox{}, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, c.limits.CreateDeadline)
 	defer cancel()
-	resp, err := agent.Arrive(ctx, &agentv1.ArriveRequest{Id: string(id), Generation: generation})
+	resp, err := agent.Arrive(ctx, req)
 	if err = fromNode(at, err); err != nil {
-		return sandbox.Sandbox{}, fmt.Errorf("sandbox %s arrives at node %s: %w", id, at, err)
+		return sandbox.Sandbox{}, fmt.Errorf("sandbox %s arrives at node %s: %w", req.GetId(), at, err)
 	}
 	c.fleet.answered(at, resp.GetLoad())
-	c.strays.resolve(id, at)
+	c.strays.resolve(sandbox.ID(req.GetId()), at)
 	return c.learn(at, resp.GetSandbox())
 }
 

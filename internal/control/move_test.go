@@ -346,3 +346,16 @@ func TestDrainCopiesAway(t *testing.T) {
 	})
 }
 
+// TestArrivesPaused has a sandbox, of which there is no other copy, fail to run where it went: it is paused there.
+func TestArrivesPaused(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := newPair(t)
+		p.b.FailOn("Arrive", apitest.Fault{Err: errAway})
+		p.drain(t, control.DrainRequest{})
+		p.pass(t, 3*time.Second)
+		p.a.Lose(p.box.ID)
+		p.b.FailOn("Arrive", apitest.Fault{Err: errBroken})
+		p.pass(t, 15*time.Second)
+		p.check(t, p.b, sandbox.StatePaused, agentv1.State_STATE_PAUSED)
+	})
+}

@@ -103,11 +103,12 @@ func (n *noted) replica(id sandbox.ID) (sandbox.Replica, bool) {
 	return r, ok
 }
 
-func (n *noted) kill(id sandbox.ID) (sandbox.KillIntent, bool) {
+// doomed reports whether a sandbox is to be killed.
+func (n *noted) doomed(id sandbox.ID) bool {
 	n.mu.RLock()
 	defer n.mu.RUnlock()
-	k, ok := n.kills[id]
-	return k, ok
+	_, ok := n.kills[id]
+	return ok
 }
 
 func (n *noted) allPlacements() []sandbox.Placement {

@@ -204,7 +204,7 @@ func (f *fleet) copyViews(now time.Time) []nodeView {
 		m := f.members[view.ID]
 		out = append(out, nodeView{
 			id: view.ID, arch: m.record.Architecture, ready: m.state == sandbox.NodeReady, open: !m.settings.Cordoned,
-			givenUp: m.state == sandbox.NodeDown && (m.epoch != 0 || now.Sub(m.stateAt) >= 2*f.limits.DownAfter),
+			givenUp: f.givenUp(m, now),
 			has:     view.Images, load: m.load.UsedDisk + float64(m.load.Sandboxes)/(1+float64(m.load.Sandboxes)),
 		})
 	}

@@ -110,8 +110,7 @@ func (c *Control) take(change string, e *entry, now time.Time) {
 		c.strays.forgotten(box.ID, box.NodeID)
 		return
 	}
-	_, killed := c.noted.kill(box.ID)
-	if !box.State.Ended() && (killed || box.Received || c.noted.outdated(box)) {
+	if !box.State.Ended() && (c.noted.doomed(box.ID) || box.Received || c.noted.outdated(box)) {
 		c.strays.add(*box, now)
 		return
 	}

@@ -168,7 +168,7 @@ func (c *Control) settleAll(ctx context.Context, now time.Time) {
 		}
 	}
 	for id, copies := range c.strays.bySandbox() {
-		if _, killed := c.noted.kill(id); !killed {
+		if !c.noted.doomed(id) {
 			do(id, "copies", func() error { return c.settleOne(ctx, id, copies, now) })
 		}
 	}
@@ -243,8 +243,7 @@ func (c *Control) settleOne(ctx context.Context, id sandbox.ID, copies []stray, 
 				return c.forgetAt(ctx, id, box.NodeID, p.Generation+1)
 			}
 		case placed && p.Node == box.NodeID && box.Received && box.Generation == p.Generation:
-			_, err := c.arrive(ctx, id, box.NodeID, p.Generation)
-			return err
+			return c.arriveAnyhow(ctx, id, box.NodeID, p.Generation)
 		case box.State == sandbox.StateMigrating && now.Sub(one.since) >= settleAfter:
 			open = append(open, one)
 		}
@@ -278,11 +277,11 @@ func (c *Control) settleOpen(ctx context.Context, open []stray) error {
 	if !box.Received {
 		return c.giveBack(ctx, box.ID, box.NodeID, next.Generation)
 	}
+	if len(open) == 1 || open[1].box.Received {
+		return c.arriveAnyhow(ctx, box.ID, box.NodeID, next.Generation)
+	}
 	_, err := c.arrive(ctx, box.ID, box.NodeID, next.Generation)
 	if err == nil || errors.Is(err, sandbox.ErrUnavailable) {
-		return err
-	}
-	if len(open) == 1 || open[1].box.Received {
 		return err
 	}
 	back := open[1].box

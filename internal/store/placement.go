@@ -45,7 +45,8 @@ func (s *Store) placementOps(ctx context.Context, p sandbox.Placement) ([]client
 		return nil, nil, err
 	}
 	all := s.placements()
-	key, when := all.key(string(p.ID)), clientv3.Cmp{}
+	key := all.key(string(p.ID))
+	var when clientv3.Cmp
 	old, err := all.get(ctx, string(p.ID))
 	switch {
 	case errors.Is(err, sandbox.ErrNotFound):

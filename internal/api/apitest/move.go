@@ -343,7 +343,11 @@ func (n *Node) Receive(_ context.Context, req *agentv1.ReceiveRequest) (*agentv1
 // Arrive implements agent.v1.
 func (n *Node) Arrive(_ context.Context, req *agentv1.ArriveRequest) (*agentv1.ArriveResponse, error) {
 	var box *agentv1.Sandbox
-	err := n.command("Arrive", req.GetId(), func() error {
+	name := "Arrive"
+	if req.GetPaused() {
+		name = "ArrivePaused"
+	}
+	err := n.command(name, req.GetId(), func() error {
 		b, err := n.find(req.GetId())
 		if err != nil {
 			return err
@@ -352,7 +356,7 @@ func (n *Node) Arrive(_ context.Context, req *agentv1.ArriveRequest) (*agentv1.A
 		case b.GetReceived() && b.GetGeneration() != req.GetGeneration():
 			return refused("sandbox %s has generation %d", b.GetId(), b.GetGeneration())
 		case b.GetReceived():
-			n.goOn(b, n.moving.running[b.GetId()], "arrived")
+			n.goOn(b, n.moving.running[b.GetId()] && !req.GetPaused(), "arrived")
 			if n.moving.arrivals == nil {
 				n.moving.arrivals = make(map[string]int)
 			}
