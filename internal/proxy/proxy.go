@@ -2,16 +2,16 @@
 //
 // It owns the rules by which a request names its sandbox (target.go), the refusal of routes that belong to the control
 // plane (internalroute.go), the answers that it gives in a guest's stead (failure.go) and the way of the bytes
-// (forward.go and below). Deciding where a request goes (resolver) knows nothing of how it gets there (forwarder), so
-// that another data path can stand beside this one. It must not decide anything about a sandbox's life, hold records, or
+// (forward.go and below for net/http's, h1server.go and its siblings for the fast one of HTTP/1.1). Deciding where a
+// request goes (resolver) knows nothing of how it gets there. It must not decide anything about a sandbox's life, hold records, or
 // trust what a guest or a client sends.
 //
 // A request to a sandbox that does not run but will waits for it (wait.go); one that met a sandbox on its way elsewhere is
 // sent again where that is harmless (again.go).
 //
-// Everything is safe for concurrent use. Locks: guests.mu, waits.mu and exchange.mu, each before nothing else; no I/O
-// under any. Goroutines belong to Serve (the server's), to http.Transport (two for each open connection to a guest) or
-// to the request that started them.
+// Everything is safe for concurrent use. Locks: guests.mu, waits.mu, exchange.mu, pool.mu, watch.mu and transit.mu, each
+// before nothing else; no I/O that waits under any. Goroutines belong to Serve (the server's, and one for each client of the
+// fast path), to http.Transport (two for each open connection to a guest) or to the request that started them.
 package proxy
 
 import (
