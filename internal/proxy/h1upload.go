@@ -19,6 +19,8 @@ const (
 	// known to be complete before the guest knows.
 	splicePiece = 1 << 20
 	spliceTail  = 16 << 10
+	// chunkMargin is what framing may add to a piece of a chunked upload.
+	chunkMargin = 1 << 10
 )
 
 // intake is the body of a request, between the client and the guest.
@@ -131,9 +133,12 @@ func (t *transit) upload(b *backend) error {
 			}
 		}
 	}
-	buf, out := buffers.Get(), streamBuffers.Get()
+	buf, out := buffers.Get(), []byte(nil)
 	defer buffers.Put(buf)
-	defer func() { streamBuffers.Put(out[:streamBufferSize]) }()
+	if t.body.chunked {
+		out = buffers.Get()
+		defer func() { buffers.Put(out[:bufferSize]) }()
+	}
 	for !t.body.complete.Load() {
 		n, err := c.conn.Read(t.room(buf))
 		t.conns.pulse.beat()
@@ -150,7 +155,7 @@ func (t *transit) upload(b *backend) error {
 // room is the part of buf to read into: no more than the body, where its length is known.
 func (t *transit) room(buf []byte) []byte {
 	if t.body.chunked {
-		return buf[:streamBufferSize/2]
+		return buf[:bufferSize-chunkMargin]
 	}
 	return buf[:min(int64(len(buf)), t.body.left)]
 }
