@@ -28,18 +28,18 @@ func (a *app) joinCommand() *cobra.Command {
 	}
 	f := c.Flags()
 	f.StringVar(&o.Token, "token", "", "join `token`, from `cloister token create` on the server [CLOISTER_JOIN_TOKEN]")
-	f.StringVar(&o.Role, "role", "", "what the machine becomes: node, proxy or server; default: what the token is for, else node")
+	f.StringVar(&o.Role, "role", "node", "what the machine becomes: `node` or proxy, as the token allows")
 	f.StringVar(&o.Name, "name", "", "`name` in lists; default: node-name, which is the host name")
 	f.StringArrayVar(&o.Labels, "label", nil, "label of the node, as `KEY=VALUE`; may be given again")
 	f.StringVar(&o.Address, "address", "", "`IP` or HOST:PORT by which other machines reach this node; default: its address on the way to the server")
-	f.BoolVar(&noStart, "no-start", false, "only keep the identity; `cloister node` or `cloister proxy` starts the role")
+	f.BoolVar(&noStart, "no-start", false, "only keep the identity; cloister node or cloister proxy starts the role")
 	detachFlag(c, &detach)
 	config.Flags(f)
 	f.VisitAll(func(f *pflag.Flag) { // every setting of the role is known here, the page of settings tells of them
 		own := []string{"token", "role", "name", "label", "address", "no-start", "detach", "data-dir", "config", "help"}
 		f.Hidden = f.Hidden || !slices.Contains(own, f.Name)
 	})
-	_ = c.RegisterFlagCompletionFunc("role", cobra.FixedCompletions([]string{"node", "proxy", "server"}, cobra.ShellCompDirectiveNoFileComp))
+	_ = c.RegisterFlagCompletionFunc("role", cobra.FixedCompletions([]string{"node", "proxy"}, cobra.ShellCompDirectiveNoFileComp))
 	c.RunE = func(c *cobra.Command, args []string) error {
 		o.Server = args[0]
 		return a.join(c, o, detach, noStart)

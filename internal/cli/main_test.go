@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"testing"
 
@@ -17,6 +16,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/cloister-dev/cloister/internal/client"
+	"github.com/cloister-dev/cloister/internal/config"
 )
 
 var update = flag.Bool("update", false, "write docs/reference/cli.md anew")
@@ -51,6 +51,9 @@ func describe(b *strings.Builder, c *cobra.Command) {
 		}
 		if sub.HasSubCommands() && sub.Name() != "completion" {
 			fmt.Fprintf(b, "\n## %s\n\n%s.\n", sub.CommandPath(), sub.Short)
+			if sub.Long != "" {
+				fmt.Fprintf(b, "%s\n", sub.Long)
+			}
 			describe(b, sub)
 			continue
 		}
@@ -77,9 +80,10 @@ func ownFlags(c *cobra.Command) string {
 	if c.Flags().Lookup("network-range") == nil {
 		return c.LocalNonPersistentFlags().FlagUsages()
 	}
-	own := pflag.NewFlagSet("", pflag.ContinueOnError)
+	own, settings := pflag.NewFlagSet("", pflag.ContinueOnError), pflag.NewFlagSet("", pflag.ContinueOnError)
+	config.Flags(settings)
 	c.LocalNonPersistentFlags().VisitAll(func(f *pflag.Flag) {
-		if slices.Contains([]string{"config", "detach", "purge", "wait"}, f.Name) {
+		if f.Name == "config" || f.Name != "help" && settings.Lookup(f.Name) == nil {
 			own.AddFlag(f)
 		}
 	})

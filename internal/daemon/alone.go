@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net/http"
 	"os"
 	"strings"
@@ -215,7 +216,7 @@ func (a *alone) refresh(ctx context.Context) {
 			continue
 		}
 		if err := a.refreshOnce(ctx); err != nil && ctx.Err() == nil {
-			a.d.log.DebugContext(ctx, "templates not refreshed: "+err.Error())
+			a.d.log.DebugContext(ctx, "templates not refreshed", slog.Any("err", err))
 		}
 	}
 }

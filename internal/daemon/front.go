@@ -23,7 +23,7 @@ func (d *daemon) buildFronts(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	var traffic http.Handler = http.NotFoundHandler()
+	traffic := http.NotFoundHandler()
 	if d.proxy != nil {
 		traffic = telemetry.Traced(d.proxy.handler, func(r *http.Request) string { return "proxy " + r.Method })
 	}

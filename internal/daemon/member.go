@@ -177,14 +177,14 @@ func (m *memberRole) renew(ctx context.Context) {
 }
 
 func (m *memberRole) tellRenewal(ctx context.Context, err error) {
-	role := m.identity.Member().Role
 	switch {
 	case ctx.Err() != nil:
 	case errors.Is(err, sandbox.ErrDenied), errors.Is(err, sandbox.ErrNotFound):
 		m.log.ErrorContext(ctx, "the server refuses to renew the certificate: this machine is no member any more; `cloister leave --force` and `cloister join` with a new token make it one",
 			slog.Any("err", err))
 	case time.Now().After(m.identity.Expires()):
-		m.log.ErrorContext(ctx, "the certificate has ended and no server renews it; stop this "+string(role)+" and repeat `cloister join` with a new token", slog.Any("err", err))
+		m.log.ErrorContext(ctx, "the certificate has ended and no server renews it; stop this role and repeat `cloister join` with a new token",
+			slog.Any("err", err))
 	default:
 		m.log.WarnContext(ctx, "certificate not renewed, trying again", slog.Time("until", m.identity.Expires()), slog.Any("err", err))
 	}

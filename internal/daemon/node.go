@@ -171,14 +171,14 @@ func (d *daemon) nodeParts(id sandbox.NodeID, memory int64) (*nodeRole, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open engine: %w", err)
 	}
-	net, err := guestnet.New(guestnet.Config{
+	networks, err := guestnet.New(guestnet.Config{
 		Range: d.cfg.Range(), Name: string(id), PoolSize: d.cfg.PoolMax / 2, Resolvers: resolvers(d.cfg),
 		Denied: d.cfg.DeniedRanges(), MaxConnections: maxConnections, Logger: d.log,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("open network: %w", err)
 	}
-	return &nodeRole{engine: eng, network: net}, nil
+	return &nodeRole{engine: eng, network: networks}, nil
 }
 
 func (d *daemon) imageStore() (*image.Store, error) {
