@@ -95,6 +95,10 @@ func (c *Control) drainRound(ctx context.Context, node sandbox.NodeID, d sandbox
 	}
 	_ = g.Wait() // failures are in the progress
 	waiting := c.copyAway(ctx, node)
+	if len(waiting) > 0 && d.Force && (late || d.Deadline.IsZero()) {
+		c.log.LogAttrs(ctx, slog.LevelWarn, "drained node keeps what no other node has", nodeAttr(node), slog.Any("what", waiting))
+		waiting = nil
+	}
 	if n := c.builds.at(node); n > 0 {
 		waiting = append(waiting, fmt.Sprintf("%d builds are under way", n))
 	}

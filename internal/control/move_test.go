@@ -359,3 +359,18 @@ func TestArrivesPaused(t *testing.T) {
 		p.check(t, p.b, sandbox.StatePaused, agentv1.State_STATE_PAUSED)
 	})
 }
+
+// TestForcedDrainOfTheOnlyNode checks that force also gives up what no other node can have.
+func TestForcedDrainOfTheOnlyNode(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := apitest.NewCluster(t, func(cfg *control.Config) { cfg.Log = slog.New(slog.DiscardHandler) })
+		box := mustCreate(t, c, minute())
+		running(t, c)
+		p := &pair{Cluster: c, a: c.Node, b: c.Node, box: box}
+		p.drain(t, control.DrainRequest{Force: true})
+		p.pass(t, 6*time.Second)
+		if n := nodeOf(t, c, "aaaaaa"); n.State != sandbox.NodeDrained || n.Drain.Ended != 1 {
+			t.Errorf("%s, %+v", n.State, n.Drain)
+		}
+	})
+}
