@@ -703,7 +703,11 @@ type ReportRequest struct {
 	Sequence   int64       `protobuf:"varint,1,opt,name=sequence,proto3" json:"sequence,omitempty"`
 	Activities []*Activity `protobuf:"bytes,2,rep,name=activities,proto3" json:"activities,omitempty"`
 	// The activities are all sandboxes with open requests, not those that changed alone.
-	Full          bool `protobuf:"varint,3,opt,name=full,proto3" json:"full,omitempty"`
+	Full  bool   `protobuf:"varint,3,opt,name=full,proto3" json:"full,omitempty"`
+	Proxy *Proxy `protobuf:"bytes,4,opt,name=proxy,proto3" json:"proxy,omitempty"`
+	// The proxy takes no new requests and will end: the answer comes once it is registered no more. It may report until it has
+	// ended.
+	Leaving       bool `protobuf:"varint,5,opt,name=leaving,proto3" json:"leaving,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -759,6 +763,116 @@ func (x *ReportRequest) GetFull() bool {
 	return false
 }
 
+func (x *ReportRequest) GetProxy() *Proxy {
+	if x != nil {
+		return x.Proxy
+	}
+	return nil
+}
+
+func (x *ReportRequest) GetLeaving() bool {
+	if x != nil {
+		return x.Leaving
+	}
+	return false
+}
+
+// Proxy is what a proxy says of itself.
+type Proxy struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Version string                 `protobuf:"bytes,1,opt,name=version,proto3" json:"version,omitempty"`
+	// The URL by which clients reach it.
+	Address   string                 `protobuf:"bytes,2,opt,name=address,proto3" json:"address,omitempty"`
+	StartedAt *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=started_at,json=startedAt,proto3" json:"started_at,omitempty"`
+	// Clients' connections, and the requests that are open on them.
+	Connections int32 `protobuf:"varint,4,opt,name=connections,proto3" json:"connections,omitempty"`
+	Requests    int32 `protobuf:"varint,5,opt,name=requests,proto3" json:"requests,omitempty"`
+	// The routing table that it has, as in WatchRequest.
+	Table         string `protobuf:"bytes,6,opt,name=table,proto3" json:"table,omitempty"`
+	TableVersion  int64  `protobuf:"varint,7,opt,name=table_version,json=tableVersion,proto3" json:"table_version,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Proxy) Reset() {
+	*x = Proxy{}
+	mi := &file_proxy_v1_proxy_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Proxy) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Proxy) ProtoMessage() {}
+
+func (x *Proxy) ProtoReflect() protoreflect.Message {
+	mi := &file_proxy_v1_proxy_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Proxy.ProtoReflect.Descriptor instead.
+func (*Proxy) Descriptor() ([]byte, []int) {
+	return file_proxy_v1_proxy_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *Proxy) GetVersion() string {
+	if x != nil {
+		return x.Version
+	}
+	return ""
+}
+
+func (x *Proxy) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
+func (x *Proxy) GetStartedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.StartedAt
+	}
+	return nil
+}
+
+func (x *Proxy) GetConnections() int32 {
+	if x != nil {
+		return x.Connections
+	}
+	return 0
+}
+
+func (x *Proxy) GetRequests() int32 {
+	if x != nil {
+		return x.Requests
+	}
+	return 0
+}
+
+func (x *Proxy) GetTable() string {
+	if x != nil {
+		return x.Table
+	}
+	return ""
+}
+
+func (x *Proxy) GetTableVersion() int64 {
+	if x != nil {
+		return x.TableVersion
+	}
+	return 0
+}
+
 type ReportResponse struct {
 	state                protoimpl.MessageState `protogen:"open.v1"`
 	AcknowledgedSequence int64                  `protobuf:"varint,1,opt,name=acknowledged_sequence,json=acknowledgedSequence,proto3" json:"acknowledged_sequence,omitempty"`
@@ -770,7 +884,7 @@ type ReportResponse struct {
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_proxy_v1_proxy_proto_msgTypes[12]
+	mi := &file_proxy_v1_proxy_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -782,7 +896,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proxy_v1_proxy_proto_msgTypes[12]
+	mi := &file_proxy_v1_proxy_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -795,7 +909,7 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_proxy_v1_proxy_proto_rawDescGZIP(), []int{12}
+	return file_proxy_v1_proxy_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ReportResponse) GetAcknowledgedSequence() int64 {
@@ -865,13 +979,24 @@ const file_proxy_v1_proxy_proto_rawDesc = "" +
 	"\bActivity\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04open\x18\x02 \x01(\x05R\x04open\x12.\n" +
-	"\x04last\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x04last\"s\n" +
+	"\x04last\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x04last\"\xb4\x01\n" +
 	"\rReportRequest\x12\x1a\n" +
 	"\bsequence\x18\x01 \x01(\x03R\bsequence\x122\n" +
 	"\n" +
 	"activities\x18\x02 \x03(\v2\x12.proxy.v1.ActivityR\n" +
 	"activities\x12\x12\n" +
-	"\x04full\x18\x03 \x01(\bR\x04full\"x\n" +
+	"\x04full\x18\x03 \x01(\bR\x04full\x12%\n" +
+	"\x05proxy\x18\x04 \x01(\v2\x0f.proxy.v1.ProxyR\x05proxy\x12\x18\n" +
+	"\aleaving\x18\x05 \x01(\bR\aleaving\"\xef\x01\n" +
+	"\x05Proxy\x12\x18\n" +
+	"\aversion\x18\x01 \x01(\tR\aversion\x12\x18\n" +
+	"\aaddress\x18\x02 \x01(\tR\aaddress\x129\n" +
+	"\n" +
+	"started_at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\tstartedAt\x12 \n" +
+	"\vconnections\x18\x04 \x01(\x05R\vconnections\x12\x1a\n" +
+	"\brequests\x18\x05 \x01(\x05R\brequests\x12\x14\n" +
+	"\x05table\x18\x06 \x01(\tR\x05table\x12#\n" +
+	"\rtable_version\x18\a \x01(\x03R\ftableVersion\"x\n" +
 	"\x0eReportResponse\x123\n" +
 	"\x15acknowledged_sequence\x18\x01 \x01(\x03R\x14acknowledgedSequence\x121\n" +
 	"\x06within\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x06within2\xb2\x02\n" +
@@ -894,7 +1019,7 @@ func file_proxy_v1_proxy_proto_rawDescGZIP() []byte {
 	return file_proxy_v1_proxy_proto_rawDescData
 }
 
-var file_proxy_v1_proxy_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
+var file_proxy_v1_proxy_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
 var file_proxy_v1_proxy_proto_goTypes = []any{
 	(*WatchRequest)(nil),          // 0: proxy.v1.WatchRequest
 	(*WatchResponse)(nil),         // 1: proxy.v1.WatchResponse
@@ -908,36 +1033,39 @@ var file_proxy_v1_proxy_proto_goTypes = []any{
 	(*SignResponse)(nil),          // 9: proxy.v1.SignResponse
 	(*Activity)(nil),              // 10: proxy.v1.Activity
 	(*ReportRequest)(nil),         // 11: proxy.v1.ReportRequest
-	(*ReportResponse)(nil),        // 12: proxy.v1.ReportResponse
-	(v1.State)(0),                 // 13: agent.v1.State
-	(*timestamppb.Timestamp)(nil), // 14: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 15: google.protobuf.Duration
+	(*Proxy)(nil),                 // 12: proxy.v1.Proxy
+	(*ReportResponse)(nil),        // 13: proxy.v1.ReportResponse
+	(v1.State)(0),                 // 14: agent.v1.State
+	(*timestamppb.Timestamp)(nil), // 15: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 16: google.protobuf.Duration
 }
 var file_proxy_v1_proxy_proto_depIdxs = []int32{
 	2,  // 0: proxy.v1.WatchResponse.routes:type_name -> proxy.v1.Route
 	3,  // 1: proxy.v1.WatchResponse.nodes:type_name -> proxy.v1.Node
-	13, // 2: proxy.v1.Route.state:type_name -> agent.v1.State
+	14, // 2: proxy.v1.Route.state:type_name -> agent.v1.State
 	2,  // 3: proxy.v1.LookupResponse.route:type_name -> proxy.v1.Route
 	3,  // 4: proxy.v1.LookupResponse.node:type_name -> proxy.v1.Node
 	2,  // 5: proxy.v1.WakeResponse.route:type_name -> proxy.v1.Route
-	14, // 6: proxy.v1.Activity.last:type_name -> google.protobuf.Timestamp
+	15, // 6: proxy.v1.Activity.last:type_name -> google.protobuf.Timestamp
 	10, // 7: proxy.v1.ReportRequest.activities:type_name -> proxy.v1.Activity
-	15, // 8: proxy.v1.ReportResponse.within:type_name -> google.protobuf.Duration
-	0,  // 9: proxy.v1.RouteService.Watch:input_type -> proxy.v1.WatchRequest
-	4,  // 10: proxy.v1.RouteService.Lookup:input_type -> proxy.v1.LookupRequest
-	6,  // 11: proxy.v1.RouteService.Wake:input_type -> proxy.v1.WakeRequest
-	8,  // 12: proxy.v1.RouteService.Sign:input_type -> proxy.v1.SignRequest
-	11, // 13: proxy.v1.RouteService.Report:input_type -> proxy.v1.ReportRequest
-	1,  // 14: proxy.v1.RouteService.Watch:output_type -> proxy.v1.WatchResponse
-	5,  // 15: proxy.v1.RouteService.Lookup:output_type -> proxy.v1.LookupResponse
-	7,  // 16: proxy.v1.RouteService.Wake:output_type -> proxy.v1.WakeResponse
-	9,  // 17: proxy.v1.RouteService.Sign:output_type -> proxy.v1.SignResponse
-	12, // 18: proxy.v1.RouteService.Report:output_type -> proxy.v1.ReportResponse
-	14, // [14:19] is the sub-list for method output_type
-	9,  // [9:14] is the sub-list for method input_type
-	9,  // [9:9] is the sub-list for extension type_name
-	9,  // [9:9] is the sub-list for extension extendee
-	0,  // [0:9] is the sub-list for field type_name
+	12, // 8: proxy.v1.ReportRequest.proxy:type_name -> proxy.v1.Proxy
+	15, // 9: proxy.v1.Proxy.started_at:type_name -> google.protobuf.Timestamp
+	16, // 10: proxy.v1.ReportResponse.within:type_name -> google.protobuf.Duration
+	0,  // 11: proxy.v1.RouteService.Watch:input_type -> proxy.v1.WatchRequest
+	4,  // 12: proxy.v1.RouteService.Lookup:input_type -> proxy.v1.LookupRequest
+	6,  // 13: proxy.v1.RouteService.Wake:input_type -> proxy.v1.WakeRequest
+	8,  // 14: proxy.v1.RouteService.Sign:input_type -> proxy.v1.SignRequest
+	11, // 15: proxy.v1.RouteService.Report:input_type -> proxy.v1.ReportRequest
+	1,  // 16: proxy.v1.RouteService.Watch:output_type -> proxy.v1.WatchResponse
+	5,  // 17: proxy.v1.RouteService.Lookup:output_type -> proxy.v1.LookupResponse
+	7,  // 18: proxy.v1.RouteService.Wake:output_type -> proxy.v1.WakeResponse
+	9,  // 19: proxy.v1.RouteService.Sign:output_type -> proxy.v1.SignResponse
+	13, // 20: proxy.v1.RouteService.Report:output_type -> proxy.v1.ReportResponse
+	16, // [16:21] is the sub-list for method output_type
+	11, // [11:16] is the sub-list for method input_type
+	11, // [11:11] is the sub-list for extension type_name
+	11, // [11:11] is the sub-list for extension extendee
+	0,  // [0:11] is the sub-list for field type_name
 }
 
 func init() { file_proxy_v1_proxy_proto_init() }
@@ -951,7 +1079,7 @@ func file_proxy_v1_proxy_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_proxy_v1_proxy_proto_rawDesc), len(file_proxy_v1_proxy_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   13,
+			NumMessages:   14,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
