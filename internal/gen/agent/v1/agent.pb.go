@@ -1449,7 +1449,9 @@ type PauseRequest struct {
 	// Unspecified means memory.
 	Kind CheckpointKind `protobuf:"varint,2,opt,name=kind,proto3,enum=agent.v1.CheckpointKind" json:"kind,omitempty"`
 	// As in SetTimeoutRequest.
-	Generation    int64 `protobuf:"varint,3,opt,name=generation,proto3" json:"generation,omitempty"`
+	Generation int64 `protobuf:"varint,3,opt,name=generation,proto3" json:"generation,omitempty"`
+	// Its time is up: what is kept is what the sandbox says, and one that cannot be paused again and again is ended.
+	TimedOut      bool `protobuf:"varint,4,opt,name=timed_out,json=timedOut,proto3" json:"timed_out,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1503,6 +1505,13 @@ func (x *PauseRequest) GetGeneration() int64 {
 		return x.Generation
 	}
 	return 0
+}
+
+func (x *PauseRequest) GetTimedOut() bool {
+	if x != nil {
+		return x.TimedOut
+	}
+	return false
 }
 
 type PauseResponse struct {
@@ -2439,7 +2448,7 @@ type Sandbox struct {
 	// The name by which the template was asked for.
 	TemplateName string `protobuf:"bytes,4,opt,name=template_name,json=templateName,proto3" json:"template_name,omitempty"`
 	State        State  `protobuf:"varint,5,opt,name=state,proto3,enum=agent.v1.State" json:"state,omitempty"`
-	// Why the state is what it is: set for failed, lost and deleted.
+	// Why the state is what it is: set for failed, lost and deleted, and for paused where its end paused it, not somebody.
 	Reason string `protobuf:"bytes,6,opt,name=reason,proto3" json:"reason,omitempty"`
 	// Grows by one with each change of state or setting.
 	Generation int64                  `protobuf:"varint,7,opt,name=generation,proto3" json:"generation,omitempty"`
@@ -3027,7 +3036,9 @@ type KillRequest struct {
 	Id     string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
 	Reason string                 `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
 	// As in SetTimeoutRequest.
-	Generation    int64 `protobuf:"varint,3,opt,name=generation,proto3" json:"generation,omitempty"`
+	Generation int64 `protobuf:"varint,3,opt,name=generation,proto3" json:"generation,omitempty"`
+	// Its time is up.
+	TimedOut      bool `protobuf:"varint,4,opt,name=timed_out,json=timedOut,proto3" json:"timed_out,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3081,6 +3092,13 @@ func (x *KillRequest) GetGeneration() int64 {
 		return x.Generation
 	}
 	return 0
+}
+
+func (x *KillRequest) GetTimedOut() bool {
+	if x != nil {
+		return x.TimedOut
+	}
+	return false
 }
 
 type KillResponse struct {
@@ -4412,13 +4430,14 @@ const file_agent_v1_agent_proto_rawDesc = "" +
 	"\aworkdir\x18\x03 \x01(\tR\aworkdir\x1a6\n" +
 	"\bEnvEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"l\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x89\x01\n" +
 	"\fPauseRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12,\n" +
 	"\x04kind\x18\x02 \x01(\x0e2\x18.agent.v1.CheckpointKindR\x04kind\x12\x1e\n" +
 	"\n" +
 	"generation\x18\x03 \x01(\x03R\n" +
-	"generation\"`\n" +
+	"generation\x12\x1b\n" +
+	"\ttimed_out\x18\x04 \x01(\bR\btimedOut\"`\n" +
 	"\rPauseResponse\x12+\n" +
 	"\asandbox\x18\x01 \x01(\v2\x11.agent.v1.SandboxR\asandbox\x12\"\n" +
 	"\x04load\x18\x02 \x01(\v2\x0e.agent.v1.LoadR\x04load\"\xda\x01\n" +
@@ -4561,13 +4580,14 @@ const file_agent_v1_agent_proto_rawDesc = "" +
 	"GetRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\":\n" +
 	"\vGetResponse\x12+\n" +
-	"\asandbox\x18\x01 \x01(\v2\x11.agent.v1.SandboxR\asandbox\"U\n" +
+	"\asandbox\x18\x01 \x01(\v2\x11.agent.v1.SandboxR\asandbox\"r\n" +
 	"\vKillRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\x12\x1e\n" +
 	"\n" +
 	"generation\x18\x03 \x01(\x03R\n" +
-	"generation\"\x0e\n" +
+	"generation\x12\x1b\n" +
+	"\ttimed_out\x18\x04 \x01(\bR\btimedOut\"\x0e\n" +
 	"\fKillResponse\"\x99\x01\n" +
 	"\x11SetTimeoutRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x123\n" +

@@ -12,6 +12,7 @@ import (
 	v1 "github.com/cloister-dev/cloister/internal/gen/agent/v1"
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
+	durationpb "google.golang.org/protobuf/types/known/durationpb"
 	timestamppb "google.golang.org/protobuf/types/known/timestamppb"
 	reflect "reflect"
 	sync "sync"
@@ -307,7 +308,10 @@ type ReportRequest struct {
 	Changes []*Change              `protobuf:"bytes,3,rep,name=changes,proto3" json:"changes,omitempty"`
 	Load    *v1.Load               `protobuf:"bytes,4,opt,name=load,proto3" json:"load,omitempty"`
 	// The changes hold every sandbox of the node: what the server knows beyond them is gone.
-	Full          bool `protobuf:"varint,5,opt,name=full,proto3" json:"full,omitempty"`
+	Full bool `protobuf:"varint,5,opt,name=full,proto3" json:"full,omitempty"`
+	// The sandboxes whose end moves with their use and that are in use, as far as only the node sees it: their processes use the
+	// processor, or somebody on the node's machine is connected.
+	Busy          []string `protobuf:"bytes,6,rep,name=busy,proto3" json:"busy,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -375,6 +379,13 @@ func (x *ReportRequest) GetFull() bool {
 		return x.Full
 	}
 	return false
+}
+
+func (x *ReportRequest) GetBusy() []string {
+	if x != nil {
+		return x.Busy
+	}
+	return nil
 }
 
 type Change struct {
@@ -452,7 +463,9 @@ type ReportResponse struct {
 	state                protoimpl.MessageState `protogen:"open.v1"`
 	AcknowledgedSequence int64                  `protobuf:"varint,1,opt,name=acknowledged_sequence,json=acknowledgedSequence,proto3" json:"acknowledged_sequence,omitempty"`
 	// The node gets no new sandboxes, so it keeps no warm ones.
-	Cordoned      bool `protobuf:"varint,2,opt,name=cordoned,proto3" json:"cordoned,omitempty"`
+	Cordoned bool `protobuf:"varint,2,opt,name=cordoned,proto3" json:"cordoned,omitempty"`
+	// For so long from now on a server sees to the ends of the node's sandboxes; 0: nobody does.
+	Decides       *durationpb.Duration `protobuf:"bytes,3,opt,name=decides,proto3" json:"decides,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -501,11 +514,18 @@ func (x *ReportResponse) GetCordoned() bool {
 	return false
 }
 
+func (x *ReportResponse) GetDecides() *durationpb.Duration {
+	if x != nil {
+		return x.Decides
+	}
+	return nil
+}
+
 var File_node_v1_node_proto protoreflect.FileDescriptor
 
 const file_node_v1_node_proto_rawDesc = "" +
 	"\n" +
-	"\x12node/v1/node.proto\x12\anode.v1\x1a\x14agent/v1/agent.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc2\x04\n" +
+	"\x12node/v1/node.proto\x12\anode.v1\x1a\x14agent/v1/agent.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc2\x04\n" +
 	"\x0fRegisterRequest\x12\x17\n" +
 	"\anode_id\x18\x01 \x01(\tR\x06nodeId\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x18\n" +
@@ -533,21 +553,23 @@ const file_node_v1_node_proto_rawDesc = "" +
 	"\x10RegisterResponse\x12\x14\n" +
 	"\x05epoch\x18\x01 \x01(\x03R\x05epoch\x12!\n" +
 	"\ftoken_secret\x18\x02 \x01(\fR\vtokenSecret\x123\n" +
-	"\x15acknowledged_sequence\x18\x03 \x01(\x03R\x14acknowledgedSequence\"\xa1\x01\n" +
+	"\x15acknowledged_sequence\x18\x03 \x01(\x03R\x14acknowledgedSequence\"\xb5\x01\n" +
 	"\rReportRequest\x12\x17\n" +
 	"\anode_id\x18\x01 \x01(\tR\x06nodeId\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\x03R\x05epoch\x12)\n" +
 	"\achanges\x18\x03 \x03(\v2\x0f.node.v1.ChangeR\achanges\x12\"\n" +
 	"\x04load\x18\x04 \x01(\v2\x0e.agent.v1.LoadR\x04load\x12\x12\n" +
-	"\x04full\x18\x05 \x01(\bR\x04full\"\x95\x01\n" +
+	"\x04full\x18\x05 \x01(\bR\x04full\x12\x12\n" +
+	"\x04busy\x18\x06 \x03(\tR\x04busy\"\x95\x01\n" +
 	"\x06Change\x12\x1a\n" +
 	"\bsequence\x18\x01 \x01(\x03R\bsequence\x12.\n" +
 	"\x04time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x12\n" +
 	"\x04type\x18\x03 \x01(\tR\x04type\x12+\n" +
-	"\asandbox\x18\x04 \x01(\v2\x11.agent.v1.SandboxR\asandbox\"a\n" +
+	"\asandbox\x18\x04 \x01(\v2\x11.agent.v1.SandboxR\asandbox\"\x96\x01\n" +
 	"\x0eReportResponse\x123\n" +
 	"\x15acknowledged_sequence\x18\x01 \x01(\x03R\x14acknowledgedSequence\x12\x1a\n" +
-	"\bcordoned\x18\x02 \x01(\bR\bcordoned2\x89\x01\n" +
+	"\bcordoned\x18\x02 \x01(\bR\bcordoned\x123\n" +
+	"\adecides\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\adecides2\x89\x01\n" +
 	"\vNodeService\x12?\n" +
 	"\bRegister\x12\x18.node.v1.RegisterRequest\x1a\x19.node.v1.RegisterResponse\x129\n" +
 	"\x06Report\x12\x16.node.v1.ReportRequest\x1a\x17.node.v1.ReportResponseB>Z<github.com/cloister-dev/cloister/internal/gen/node/v1;nodev1b\x06proto3"
@@ -577,6 +599,7 @@ var file_node_v1_node_proto_goTypes = []any{
 	(*v1.Load)(nil),               // 8: agent.v1.Load
 	(*timestamppb.Timestamp)(nil), // 9: google.protobuf.Timestamp
 	(*v1.Sandbox)(nil),            // 10: agent.v1.Sandbox
+	(*durationpb.Duration)(nil),   // 11: google.protobuf.Duration
 }
 var file_node_v1_node_proto_depIdxs = []int32{
 	1,  // 0: node.v1.RegisterRequest.engines:type_name -> node.v1.Engine
@@ -587,15 +610,16 @@ var file_node_v1_node_proto_depIdxs = []int32{
 	8,  // 5: node.v1.ReportRequest.load:type_name -> agent.v1.Load
 	9,  // 6: node.v1.Change.time:type_name -> google.protobuf.Timestamp
 	10, // 7: node.v1.Change.sandbox:type_name -> agent.v1.Sandbox
-	0,  // 8: node.v1.NodeService.Register:input_type -> node.v1.RegisterRequest
-	3,  // 9: node.v1.NodeService.Report:input_type -> node.v1.ReportRequest
-	2,  // 10: node.v1.NodeService.Register:output_type -> node.v1.RegisterResponse
-	5,  // 11: node.v1.NodeService.Report:output_type -> node.v1.ReportResponse
-	10, // [10:12] is the sub-list for method output_type
-	8,  // [8:10] is the sub-list for method input_type
-	8,  // [8:8] is the sub-list for extension type_name
-	8,  // [8:8] is the sub-list for extension extendee
-	0,  // [0:8] is the sub-list for field type_name
+	11, // 8: node.v1.ReportResponse.decides:type_name -> google.protobuf.Duration
+	0,  // 9: node.v1.NodeService.Register:input_type -> node.v1.RegisterRequest
+	3,  // 10: node.v1.NodeService.Report:input_type -> node.v1.ReportRequest
+	2,  // 11: node.v1.NodeService.Register:output_type -> node.v1.RegisterResponse
+	5,  // 12: node.v1.NodeService.Report:output_type -> node.v1.ReportResponse
+	11, // [11:13] is the sub-list for method output_type
+	9,  // [9:11] is the sub-list for method input_type
+	9,  // [9:9] is the sub-list for extension type_name
+	9,  // [9:9] is the sub-list for extension extendee
+	0,  // [0:9] is the sub-list for field type_name
 }
 
 func init() { file_node_v1_node_proto_init() }
