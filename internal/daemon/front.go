@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"net/url"
 	"strings"
+	"time"
 
 	"github.com/cloister-dev/cloister/internal/api"
 	"github.com/cloister-dev/cloister/internal/config"
@@ -35,10 +36,9 @@ func (d *daemon) buildFronts(ctx context.Context) error {
 		d.admin, traffic = asAdmin(handler), apiByName(d.cfg.Domain, handler, traffic)
 	}
 	if d.proxy != nil {
-		if err := d.open(ctx, "proxy-addr", d.cfg.ProxyAddr, traffic, tlsConfig); err != nil {
+		if err := d.openProxy(ctx, traffic, tlsConfig); err != nil {
 			return err
 		}
-		d.fronts[len(d.fronts)-1].cut = d.proxy.handler.Close
 	}
 	if d.server == nil {
 		d.admin = http.HandlerFunc(d.answerStatus)
@@ -56,6 +56,23 @@ func (d *daemon) buildFronts(ctx context.Context) error {
 		return err
 	}
 	d.addFront(newFront("socket", l, d.socketHandler(), nil))
+	return nil
+}
+
+// openProxy opens the listener for sandbox traffic, on the proxy's own data path; rest answers what that leaves to net/http.
+func (d *daemon) openProxy(ctx context.Context, rest http.Handler, tlsConfig *tls.Config) error {
+	l, err := listenTCP(ctx, "proxy-addr", d.cfg.ProxyAddr)
+	if err != nil {
+		return err
+	}
+	opt := proxy.ServeOptions{TLS: tlsConfig, Handler: rest}
+	if d.server != nil {
+		opt.Foreign = apiHost(d.cfg.Domain)
+	}
+	d.addFront(&front{name: "proxy-addr", listener: l, own: func(ctx context.Context, grace time.Duration) error {
+		opt.Grace = grace
+		return d.proxy.handler.Serve(ctx, l, opt)
+	}})
 	return nil
 }
 
@@ -82,17 +99,23 @@ func asAdmin(h http.Handler) http.Handler {
 // apiByName gives requests for api.<domain>, where clients look for the API that know the domain alone, to the API also
 // where sandboxes answer: one address then does for both. No sandbox has that name, since theirs begin with a port.
 func apiByName(domain string, apiHandler, traffic http.Handler) http.Handler {
-	if domain == "" {
-		return traffic
-	}
-	name := "api." + hostname(domain)
+	isAPI := apiHost(domain)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if strings.EqualFold(strings.TrimSuffix(hostname(r.Host), "."), name) {
+		if isAPI(r.Host) {
 			apiHandler.ServeHTTP(w, r)
 			return
 		}
 		traffic.ServeHTTP(w, r)
 	})
+}
+
+// apiHost returns what recognises the API's name below the domain, in a Host header; without a domain nothing is.
+func apiHost(domain string) func(host string) bool {
+	if domain == "" {
+		return func(string) bool { return false }
+	}
+	name := "api." + hostname(domain)
+	return func(host string) bool { return strings.EqualFold(strings.TrimSuffix(hostname(host), "."), name) }
 }
 
 // hostname is host without a port.

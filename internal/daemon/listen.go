@@ -25,8 +25,8 @@ type front struct {
 	name     string
 	listener net.Listener
 	server   *http.Server
-	// cut ends what Shutdown leaves open, such as upgraded connections; nil where nothing can be.
-	cut func()
+	// own answers in the server's place, as run does; nil where the server answers.
+	own func(ctx context.Context, grace time.Duration) error
 }
 
 // listenTCP opens a TCP listener; a taken port is told with the setting to change.
@@ -73,6 +73,9 @@ func newFront(name string, l net.Listener, h http.Handler, tlsConfig *tls.Config
 
 // run serves until ctx ends, then finishes the requests under way, for at most grace.
 func (f *front) run(ctx context.Context, grace time.Duration) error {
+	if f.own != nil {
+		return f.own(ctx, grace)
+	}
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	ctx, cancel := context.WithCancel(ctx)
@@ -83,9 +86,6 @@ func (f *front) run(ctx context.Context, grace time.Duration) error {
 		defer stop()
 		if f.server.Shutdown(stopCtx) != nil {
 			_ = f.server.Close() // long streams do not end by themselves
-		}
-		if f.cut != nil {
-			f.cut()
 		}
 	})
 	serve := func() error { return f.server.Serve(f.listener) }

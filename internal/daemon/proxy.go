@@ -29,6 +29,10 @@ func (d *daemon) buildProxy(context.Context) error {
 	p := &proxyRole{}
 	cfg := proxy.Config{
 		Domain: d.cfg.Domain, PublicHosts: publicHosts(d.cfg), Logger: d.log, Registerer: d.metrics,
+		HTTP1: d.cfg.ProxyHTTP1,
+	}
+	if d.cfg.OTLPEndpoint != "" {
+		cfg.HTTP1 = proxy.HTTP1Standard // the only one that traces requests
 	}
 	if d.server != nil {
 		p.control = d.server.control
