@@ -31,9 +31,10 @@ func (s *Store) presences() collection[Presence] {
 	return newCollection[Presence](s.client, "presences", "presence")
 }
 
-// Attend keeps p there until ctx ends, and then takes it away; it returns ctx's error. Where the process dies, the record is
-// gone after ttl, of 1 s or more. A record that expired although its owner lives, because the store was away for longer, is
-// made again. Of two that attend as the same member the later one has the record.
+// Attend keeps p there until ctx ends, and returns ctx's error. Then, as where the process dies, the record is gone within
+// ttl, of 1 s or more, unless somebody attends as the same member meanwhile; RemovePresence takes it away at once. A record
+// that expired although its owner lives, because the store was away for longer, is made again. Of two that attend as the same
+// member the later one has the record.
 func (s *Store) Attend(ctx context.Context, p Presence, ttl time.Duration) error {
 	m := sandbox.Member{Role: p.Role, ID: p.ID}
 	if err := sandbox.CheckMember(m); err != nil {
@@ -44,6 +45,17 @@ func (s *Store) Attend(ctx context.Context, p Presence, ttl time.Duration) error
 	}
 	t := tenant[Presence]{all: s.presences(), name: m.String(), value: p, ttl: ttl, log: s.log}
 	return t.run(ctx)
+}
+
+// RemovePresence takes a member's record away. One that is not there is no error. Who attends as the member ends that first.
+func (s *Store) RemovePresence(ctx context.Context, m sandbox.Member) error {
+	if err := sandbox.CheckMember(m); err != nil {
+		return err
+	}
+	if _, err := s.presences().remove(ctx, m.String()); err != nil && !errors.Is(err, sandbox.ErrNotFound) {
+		return err
+	}
+	return nil
 }
 
 // Presences returns who is there, by role and id.
@@ -72,7 +84,6 @@ func (t *tenant[T]) run(ctx context.Context) error {
 		lease, err := t.take(ctx)
 		if err == nil {
 			err = t.keep(ctx, lease)
-			t.release(ctx, lease)
 		}
 		switch {
 		case ctx.Err() != nil:
@@ -129,17 +140,6 @@ func (t *tenant[T]) renew(ctx context.Context, lease clientv3.LeaseID) error {
 	defer cancel()
 	_, err := t.all.client.KeepAliveOnce(ctx, lease)
 	return err
-}
-
-// release ends the lease, and with it the record, where that is still under it.
-func (t *tenant[T]) release(ctx context.Context, lease clientv3.LeaseID) {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), opTimeout)
-	defer cancel()
-	_, err := t.all.client.Revoke(ctx, lease)
-	if err != nil && !errors.Is(err, rpctypes.ErrLeaseNotFound) && t.all.client.Ctx().Err() == nil {
-		t.log.LogAttrs(ctx, slog.LevelWarn, "a leased record stays until its lease ends", slog.String("kind", t.all.kind),
-			slog.String("name", t.name), slog.Any("err", err))
-	}
 }
 
 // seconds rounds a lease's life up.

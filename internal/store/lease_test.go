@@ -51,9 +51,27 @@ func TestAttend(t *testing.T) {
 		t.Error(diff)
 	}
 	leave()
-	if all := there(t, s); len(all) != 0 {
-		t.Errorf("%+v after it left", all)
+	if all := there(t, s); len(all) != 1 {
+		t.Errorf("%+v within the life of its lease", all)
 	}
+	m := sandbox.Member{Role: p.Role, ID: p.ID}
+	for range 2 {
+		if err := s.RemovePresence(t.Context(), m); err != nil {
+			t.Error(err)
+		}
+	}
+	if all := there(t, s); len(all) != 0 {
+		t.Errorf("%+v after it was removed", all)
+	}
+}
+
+// Whoever stops attending leaves a record that ends by itself.
+func TestPresenceEndsAfterwards(t *testing.T) {
+	s := fresh(t)
+	leave := attend(t, s, Presence{Role: sandbox.RoleProxy, ID: "aaaaaa"}, leastTTL)
+	eventually(t, "the presence is there", func() bool { return len(there(t, s)) == 1 })
+	leave()
+	eventually(t, "the record is gone", func() bool { return len(there(t, s)) == 0 })
 }
 
 // The lease ends although its owner lives, as after a long stop of the machine: the record comes back.
