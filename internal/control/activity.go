@@ -2,7 +2,6 @@ package control
 
 import (
 	"context"
-	"log/slog"
 	"maps"
 	"sync"
 	"time"
@@ -13,8 +12,6 @@ import (
 const (
 	// reportWithin is how long a proxy may take from one report of activity to the next.
 	reportWithin = 10 * time.Second
-	// proxyGone is how long a proxy may be silent before it counts as gone.
-	proxyGone = time.Minute
 	// localReports is how often the proxy of this process is asked.
 	localReports = 2 * time.Second
 )
@@ -24,35 +21,79 @@ const (
 type activity struct {
 	started time.Time
 
-	mu      sync.Mutex
+	mu sync.Mutex
+	// all means that it is known which proxies there are.
+	all     bool
 	proxies map[string]*proxyUse
 }
 
 // proxyUse is what one proxy has reported.
 type proxyUse struct {
+	// there means that the proxy has a record: what it does not report is missing.
+	there bool
 	// heard is when it last reported; zero: it has not.
-	heard time.Time
-	// since is since when it has been expected.
-	since    time.Time
+	heard    time.Time
 	sequence int64
+	self     proxySelf
 	uses     map[sandbox.ID]sandbox.Activity
 }
 
-func newActivity(now time.Time) *activity {
-	return &activity{started: now, proxies: make(map[string]*proxyUse)}
+// proxySelf is what a proxy says of itself.
+type proxySelf struct {
+	address, version      string
+	started               time.Time
+	connections, requests int
+	// table and at are how far it has followed the routes.
+	table   string
+	at      int64
+	leaving bool
+}
+
+func newActivity(now time.Time, all bool) *activity {
+	return &activity{started: now, all: all, proxies: make(map[string]*proxyUse)}
+}
+
+// loaded notes that every proxy that is there is known.
+func (a *activity) loaded() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.all = true
 }
 
 // expect notes that a proxy is there, whose reports are missing until they come.
 func (a *activity) expect(proxy string) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.expectLocked(proxy)
+	a.ofLocked(proxy).there = true
 }
 
-func (a *activity) expectLocked(proxy string) *proxyUse {
+// gone notes that a proxy is there no more. What it goes on to report, until it ends, counts still.
+func (a *activity) gone(proxy string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.ofLocked(proxy).there = false
+}
+
+// self notes what a proxy says of itself.
+func (a *activity) self(proxy string, says proxySelf) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.ofLocked(proxy).self = says
+}
+
+// each calls f with every proxy that is there or has reported lately.
+func (a *activity) each(f func(id string, u *proxyUse)) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for id, u := range a.proxies {
+		f(id, u)
+	}
+}
+
+func (a *activity) ofLocked(proxy string) *proxyUse {
 	p := a.proxies[proxy]
 	if p == nil {
-		p = &proxyUse{since: time.Now(), uses: make(map[sandbox.ID]sandbox.Activity)}
+		p = &proxyUse{uses: make(map[sandbox.ID]sandbox.Activity)}
 		a.proxies[proxy] = p
 	}
 	return p
@@ -71,7 +112,7 @@ func (a *activity) report(proxy string, sequence int64, full bool, all []sandbox
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	now := time.Now()
-	p := a.expectLocked(proxy)
+	p := a.ofLocked(proxy)
 	if !full && (p.heard.IsZero() || sequence != p.sequence+1) {
 		return p.sequence
 	}
@@ -95,29 +136,30 @@ func (a *activity) report(proxy string, sequence int64, full bool, all []sandbox
 }
 
 // of returns the requests that are open, and when a sandbox was last used, over all proxies. It is not complete while
-// one of them is silent, or while this server has not run for long enough to know them.
+// one of them is silent, while it is not known which there are, or while this server has not run for long enough for
+// them to find it.
 func (a *activity) of(id sandbox.ID, now time.Time) (open int, last time.Time, complete bool) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	complete = now.Sub(a.started) >= reportWithin
+	complete = a.all && now.Sub(a.started) >= reportWithin
 	for _, p := range a.proxies {
-		u := p.uses[id]
-		open += u.Open
+		u, heard := p.uses[id], now.Sub(p.heard) <= reportWithin
+		if heard || p.there {
+			open += u.Open
+		}
 		if u.Last.After(last) {
 			last = u.Last
 		}
-		complete = complete && now.Sub(p.heard) <= reportWithin
+		complete = complete && (heard || !p.there)
 	}
 	return open, last, complete
 }
 
-// prune forgets proxies that have been silent for long, and the use of sandboxes that are not known any more.
+// prune forgets proxies that are there no more, and the use of sandboxes that are not known any more.
 func (a *activity) prune(now time.Time, known func(sandbox.ID) bool) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	maps.DeleteFunc(a.proxies, func(_ string, p *proxyUse) bool {
-		return now.Sub(p.heard) > proxyGone && now.Sub(p.since) > proxyGone
-	})
+	maps.DeleteFunc(a.proxies, func(_ string, p *proxyUse) bool { return !p.there && now.Sub(p.heard) > reportWithin })
 	for _, p := range a.proxies {
 		maps.DeleteFunc(p.uses, func(id sandbox.ID, u sandbox.Activity) bool { return u.Open == 0 && !known(id) })
 	}
@@ -128,26 +170,6 @@ func (a *activity) prune(now time.Time, known func(sandbox.ID) bool) {
 func (c *Control) Activity(id sandbox.ID) (open int, last time.Time, complete bool) {
 	return c.activity.of(id, time.Now())
 }
-
-// expectProxies notes the proxies that have joined, which may not have found this server yet.
-func (c *Control) expectProxies(ctx context.Context) {
-	all, err := c.ListMembers(ctx)
-	if err != nil {
-		c.log.LogAttrs(ctx, slog.LevelWarn, "proxies not known: idle sandboxes are not told from used ones until they report", errAttr(err))
-	}
-	for _, m := range all {
-		if m.Role == sandbox.RoleProxy {
-			c.activity.expect(m.ID)
-		}
-	}
-}
-
-// ExpectProxy notes that a proxy belongs to the cluster: until it reports nothing is known to be idle. One that is silent
-// for a minute counts as gone.
-func (c *Control) ExpectProxy(id string) { c.activity.expect(id) }
-
-// ForgetProxy notes that a proxy has left the cluster.
-func (c *Control) ForgetProxy(id string) { c.activity.forget(id) }
 
 // LocalProxy is the proxy of this process.
 type LocalProxy interface {

@@ -16,7 +16,7 @@ import (
 // reporter reports as the proxy pppppp.
 func report(t *testing.T, c *control.Control, sequence int64, full bool, uses ...*proxyv1.Activity) int64 {
 	t.Helper()
-	resp, err := c.RouteService(aProxy).Report(t.Context(), &proxyv1.ReportRequest{Sequence: sequence, Full: full, Activities: uses})
+	resp, err := c.RouteService(aProxy).Report(t.Context(), &proxyv1.ReportRequest{Sequence: sequence, Full: full, Activities: uses, Proxy: &proxyv1.Proxy{Version: "v1"}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -30,21 +30,23 @@ func used(id sandbox.ID, open int32, at time.Time) *proxyv1.Activity {
 // TestActivity checks what is known of the use of sandboxes, and when it is the whole truth.
 func TestActivity(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := apitest.NewCluster(t, nil).Control
+		there := newPresences()
+		c := apitest.NewCluster(t, func(cfg *control.Config) { cfg.Presences = there }).Control
 		expect := func(when string, id sandbox.ID, wantOpen int, wantComplete bool) {
 			t.Helper()
 			if open, _, complete := c.Activity(id); open != wantOpen || complete != wantComplete {
 				t.Errorf("%s: %d open, complete %t; want %d, %t", when, open, complete, wantOpen, wantComplete)
 			}
 		}
-		expect("after the start", "i1", 0, false)
 		asleep(20 * time.Second)
+		expect("before it is known which proxies there are", "i1", 0, false)
+		serving(t, c)
 		expect("without a proxy", "i1", 0, true)
-		c.ExpectProxy("pppppp")
-		expect("before its first report", "i1", 0, false)
 		if ack := report(t, c, 5, false, used("i1", 1, time.Now())); ack == 5 {
 			t.Error("a first report that is not full was taken")
 		}
+		synctest.Wait()
+		expect("before its first report", "i1", 0, false)
 		now := time.Now()
 		if ack := report(t, c, 6, true, used("i1", 2, now), used("i2", 0, now.Add(time.Hour))); ack != 6 {
 			t.Errorf("a full report was acknowledged as %d", ack)
@@ -62,9 +64,10 @@ func TestActivity(t *testing.T) {
 		if open, last, _ := c.Activity("i1"); open != 0 || !last.Equal(now) {
 			t.Errorf("a full report without it: %d open, last used %v, want %v", open, last, now)
 		}
+		report(t, c, 10, false, used("i1", 1, time.Now()))
 		asleep(30 * time.Second)
-		expect("a silent proxy", "i1", 0, false)
-		c.ForgetProxy("pppppp")
-		expect("a proxy that left", "i1", 0, true)
+		expect("a silent proxy", "i1", 1, false)
+		asleep(20 * time.Second)
+		expect("after its lease", "i1", 0, true)
 	})
 }

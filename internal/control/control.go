@@ -142,6 +142,8 @@ type Config struct {
 	Authority       authority
 	Gate            gate
 	CertificateLife time.Duration
+	// Presences keeps which proxies there are; without it only those count that report.
+	Presences presences
 	// Random picks the scheduler's samples; nil means one seeded by the system. It is called by one goroutine at a time.
 	Random scheduler.Source
 	// UploadDir is where the files are kept that builds copy from; it is made with the first of them.
@@ -185,6 +187,9 @@ type Control struct {
 	whole    wholeTables
 	wakes    *wakes
 	activity *activity
+	// attendance is which proxies there are, presences where that is kept.
+	attendance *attendance
+	presences  presences
 	// sweeps hands what nodes registered with to Run.
 	sweeps chan roll
 	// lookups bounds how often an id that is not in the index is asked for at its node.
@@ -230,7 +235,8 @@ func New(ctx context.Context, cfg Config) (*Control, error) {
 		builds:  newBuilds(limits.MaxBuilds),
 		uploads: newUploads(cfg.UploadDir, limits.MaxUpload, limits.MaxUploads),
 		finder:  newFinder(),
-		routes:  newRouteLog(), wakes: newWakes(), activity: newActivity(time.Now()),
+		routes:  newRouteLog(), wakes: newWakes(), activity: newActivity(time.Now(), cfg.Presences == nil),
+		attendance: newAttendance(), presences: cfg.Presences,
 		sweeps:  make(chan roll, maxSweeps),
 		lookups: rate.NewLimiter(200, 200),
 	}
@@ -259,7 +265,7 @@ func (c *Control) Run(ctx context.Context) error {
 	g.Go(func() error { c.runReplicas(ctx); return nil })
 	g.Go(func() error { return c.runUploads(ctx) })
 	g.Go(func() error { <-ctx.Done(); c.wakes.close(); return nil })
-	c.expectProxies(ctx)
+	g.Go(func() error { c.runPresences(ctx); return nil })
 	g.Go(func() error {
 		tick := time.NewTicker(pruneEvery)
 		defer tick.Stop()

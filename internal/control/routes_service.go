@@ -31,6 +31,9 @@ func (s *routeService) proxy(ctx context.Context) (string, error) {
 	if !ok || who.Role != sandbox.RoleProxy {
 		return "", toNode(sandbox.Deniedf("routes are for proxies: the caller is %q", who))
 	}
+	if m := s.control.joining.members; m != nil && m.Denied(who, "") {
+		return "", toNode(sandbox.Deniedf("%s is no member of the cluster any more: it can join again with a new token", who))
+	}
 	return who.ID, nil
 }
 
@@ -40,7 +43,6 @@ func (s *routeService) Watch(ctx context.Context, req *proxyv1.WatchRequest, str
 	if err != nil {
 		return err
 	}
-	s.control.activity.expect(id)
 	return fmt.Errorf("send routes to proxy %s: %w", id, s.control.watchRoutes(ctx, req, stream.Send))
 }
 
@@ -94,7 +96,7 @@ func (s *routeService) Sign(ctx context.Context, req *proxyv1.SignRequest) (*pro
 	return &proxyv1.SignResponse{Id: string(id)}, nil
 }
 
-// Report takes what sandboxes were used for.
+// Report takes what sandboxes were used for, and what the proxy says of itself.
 func (s *routeService) Report(ctx context.Context, req *proxyv1.ReportRequest) (*proxyv1.ReportResponse, error) {
 	proxy, err := s.proxy(ctx)
 	if err != nil {
@@ -108,9 +110,11 @@ func (s *routeService) Report(ctx context.Context, req *proxyv1.ReportRequest) (
 		}
 		all = append(all, sandbox.Activity{ID: id, Open: int(w.GetOpen()), Last: timeFromWire(w.GetLast())})
 	}
-	return &proxyv1.ReportResponse{
-		AcknowledgedSequence: s.control.activity.report(proxy, req.GetSequence(), req.GetFull(), all), Within: durationpb.New(reportWithin),
-	}, nil
+	acknowledged := s.control.activity.report(proxy, req.GetSequence(), req.GetFull(), all)
+	if err := s.control.noteProxy(ctx, proxy, req); err != nil {
+		return nil, toNode(err)
+	}
+	return &proxyv1.ReportResponse{AcknowledgedSequence: acknowledged, Within: durationpb.New(reportWithin)}, nil
 }
 
 //nolint:gochecknoglobals // a table, never written

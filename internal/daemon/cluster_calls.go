@@ -12,7 +12,6 @@ import (
 	"github.com/cloister-dev/cloister/internal/gen/proxy/v1/proxyv1connect"
 	"github.com/cloister-dev/cloister/internal/link"
 	"github.com/cloister-dev/cloister/internal/sandbox"
-	"github.com/cloister-dev/cloister/internal/store"
 )
 
 // buildCluster puts the server's services behind its port, and opens it where somebody may come.
@@ -43,13 +42,12 @@ func (d *daemon) buildCluster(ctx context.Context) error {
 // membersExpected reports whether somebody may come in: always at a server that has no node of its own, else where a join
 // token is good or somebody has joined.
 func (d *daemon) membersExpected(ctx context.Context) (bool, error) {
+	if !d.roles.Node {
+		return true, nil
+	}
 	members, err := d.server.store.Members(ctx)
 	if err != nil {
 		return false, fmt.Errorf("read members: %w", err)
-	}
-	d.expectProxies(members)
-	if !d.roles.Node {
-		return true, nil
 	}
 	tokens, err := d.server.store.Tokens(ctx)
 	if err != nil {
@@ -65,21 +63,8 @@ func (d *daemon) membersExpected(ctx context.Context) (bool, error) {
 }
 
 func (d *daemon) linkUp(p link.Peer) {
-	switch p.Role {
-	case sandbox.RoleNode:
+	if p.Role == sandbox.RoleNode {
 		d.server.control.NodeReachable(sandbox.NodeID(p.ID))
-	case sandbox.RoleProxy:
-		d.server.control.ExpectProxy(p.ID)
-	case sandbox.RoleServer:
-	}
-}
-
-// expectProxies notes the proxies that have joined: until they report, nothing is known to be idle.
-func (d *daemon) expectProxies(members []store.Member) {
-	for i := range members {
-		if members[i].Role == sandbox.RoleProxy {
-			d.server.control.ExpectProxy(members[i].ID)
-		}
 	}
 }
 
