@@ -193,7 +193,6 @@ sandboxTest('what is not there yet says so at once', async (s) => {
     'network update': () => s.updateNetwork({ denyOut: ['192.0.2.1'] }),
     'egress rules': () => Sandbox.create({ network: { allowOut: ['192.0.2.1'], denyOut: ['0.0.0.0/0'] } }),
     'private ports': () => Sandbox.create({ network: { allowPublicTraffic: false } }),
-    'waking on traffic': () => Sandbox.create({ lifecycle: { onTimeout: 'pause', autoResume: true } }),
     volumes: () => Volume.create('v'),
     secrets: () => Secret.create('NAME', 'value'),
   }
