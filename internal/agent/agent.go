@@ -42,11 +42,12 @@ type Agent struct {
 	clock    *clock
 	used     *meter
 
-	wake     chan struct{}          // of capacity 1: the plan may have changed
-	secret   atomic.Pointer[[]byte] // nil until it is known
-	short    atomic.Int64           // creates that have found no room and see what can give way
-	acked    atomic.Int64           // the last change that the server is known to have
-	cordoned atomic.Bool            // the server says that the node gets no new sandboxes
+	wake     chan struct{}             // of capacity 1: the plan may have changed
+	secret   atomic.Pointer[[]byte]    // nil until it is known
+	short    atomic.Int64              // creates that have found no room and see what can give way
+	acked    atomic.Int64              // the last change that the server is known to have
+	cordoned atomic.Bool               // the server says that the node gets no new sandboxes
+	decided  atomic.Pointer[time.Time] // until when a server sees to the ends of sandboxes; nil: none has said so
 
 	mu      sync.RWMutex
 	all     map[sandbox.ID]*instance

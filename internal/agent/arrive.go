@@ -112,7 +112,7 @@ func (a *Agent) goOn(ctx context.Context, in *instance, change string) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), a.cfg.CreateTimeout)
 	defer cancel()
 	r := in.record()
-	switch over := !r.EndAt.IsZero() && !r.EndAt.After(now()); {
+	switch over := !r.EndAt.IsZero() && !r.EndAt.After(now()) && !r.IdleTimeout; {
 	case !r.Runs:
 		return a.putStill(ctx, in, r, change)
 	case over && r.AutoPause:
@@ -121,7 +121,7 @@ func (a *Agent) goOn(ctx context.Context, in *instance, change string) error {
 	case over:
 		r.Received = false
 		in.set(&r)
-		return a.end(ctx, in, journal.Ending{State: sandbox.StateDeleted, Reason: "timeout", Type: "timed_out"})
+		return a.end(ctx, in, timedOut(endReason(&r)))
 	}
 	if in.isLeft() {
 		if err := a.takeBack(ctx, in); err != nil {

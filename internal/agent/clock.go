@@ -83,7 +83,7 @@ func (a *Agent) moveBy(ctx context.Context, d time.Duration) {
 
 func (a *Agent) moveEnd(ctx context.Context, in *instance, d time.Duration) error {
 	in.mu.Lock()
-	in.retryAt = moved(in.retryAt, d)
+	in.retryAt, in.usedAt = moved(in.retryAt, d), moved(in.usedAt, d)
 	in.mu.Unlock()
 	if err := in.lock(ctx); err != nil {
 		return err

@@ -36,6 +36,9 @@ func (a *Agent) Kill(ctx context.Context, req *agentv1.KillRequest) (*agentv1.Ki
 		reason = "killed by request"
 	}
 	e := journal.Ending{State: sandbox.StateDeleted, Reason: fmt.Sprintf("%.*s", maxReasonBytes, reason), Type: "killed"}
+	if req.GetTimedOut() {
+		e.Type = "timed_out"
+	}
 	if err := a.kill(ctx, in, e, req.GetGeneration()); err != nil {
 		return nil, toWireError(err)
 	}
@@ -123,7 +126,11 @@ func (a *Agent) setEnd(ctx context.Context, in *instance, t *term) error {
 	if r.EndAt.Equal(end) || t.extendOnly && !later(end, r.EndAt) {
 		return nil
 	}
-	r.EndAt, r.Timeout = end, t.timeout
+	atOnce := t.timeout == 0 && !t.forever
+	in.setAtOnce(atOnce)
+	if r.EndAt = end; !atOnce { // where it is paused and resumed, it goes on for as long as it was given before
+		r.Timeout = t.timeout
+	}
 	r.Generation++
 	return a.put(ctx, in, r, journal.Change{Type: "timeout_set", Time: now(), Sandbox: r.Sandbox})
 }

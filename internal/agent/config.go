@@ -81,6 +81,9 @@ type Config struct {
 	// Defaults: 5 s and 360.
 	SampleInterval time.Duration
 	Samples        int
+	// IdleCPUPercent is how much of a core a sandbox whose end moves with its use must use to be in use, in percent; 0 or
+	// less leaves the processor out.
+	IdleCPUPercent float64
 	// ReportInterval is the longest time between two reports. Default: 5 s.
 	ReportInterval time.Duration
 	// Retention is for how long an ended sandbox is remembered, at least until the server knows. Default: 10 min.

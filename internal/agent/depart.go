@@ -140,7 +140,7 @@ func (a *Agent) departRunning(ctx context.Context, in *instance, deadline time.D
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), a.cfg.PauseTimeout)
 	defer cancel()
 	defer in.setDeparting(false)
-	if err := a.putPausing(ctx, in); err != nil {
+	if err := a.putPausing(ctx, in, ""); err != nil {
 		return err
 	}
 	in.closeConns()

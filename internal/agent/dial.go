@@ -14,12 +14,15 @@ import (
 type tracked interface {
 	// abort closes the connection at once, with what is not sent yet thrown away.
 	abort()
+	// unseen reports whether no server hears of it.
+	unseen() bool
 }
 
 // Conn is a TCP connection into a sandbox. It is a *net.TCPConn with all that one can do; only Close differs.
 type Conn struct {
 	*net.TCPConn
-	in *instance
+	in    *instance
+	local bool
 }
 
 // NetConn returns the connection itself, for callers that look for a *net.TCPConn in order to splice.
@@ -31,6 +34,8 @@ func (c *Conn) Close() error {
 	return c.TCPConn.Close()
 }
 
+func (c *Conn) unseen() bool { return c.local }
+
 func (c *Conn) abort() {
 	_ = c.SetLinger(0) // without it, what the peer was sent is merely kept longer
 	_ = c.TCPConn.Close()
@@ -39,7 +44,8 @@ func (c *Conn) abort() {
 // otherConn is a connection that a dialer other than TCP's made.
 type otherConn struct {
 	net.Conn
-	in *instance
+	in    *instance
+	local bool
 }
 
 // Close closes the connection.
@@ -50,11 +56,23 @@ func (c *otherConn) Close() error {
 
 func (c *otherConn) abort() { _ = c.Conn.Close() }
 
+func (c *otherConn) unseen() bool { return c.local }
+
 // DialGuest connects to a port of a running sandbox, also if its server listens on the sandbox's loopback alone. The connection is closed when the sandbox ends, at once and whatever
 // is under way. Errors: ErrNotFound for a sandbox that is not here or has ended, whose text says why; ErrConflict for
 // one that is paused, or on its way to or from there; ErrUnavailable
 // when the sandbox does not accept, which wraps the dialer's error (such as ECONNREFUSED).
 func (a *Agent) DialGuest(ctx context.Context, id sandbox.ID, port uint16) (net.Conn, error) {
+	return a.dialGuest(ctx, id, port, false)
+}
+
+// DialLocal is DialGuest for this machine's own users, of whom no server hears from a proxy: the node itself reports that the
+// sandbox is in use.
+func (a *Agent) DialLocal(ctx context.Context, id sandbox.ID, port uint16) (net.Conn, error) {
+	return a.dialGuest(ctx, id, port, true)
+}
+
+func (a *Agent) dialGuest(ctx context.Context, id sandbox.ID, port uint16, local bool) (net.Conn, error) {
 	in, ok := a.get(id)
 	if !ok {
 		return nil, sandbox.NotFoundf("sandbox %.80q is not on node %s", string(id), a.node)
@@ -70,7 +88,7 @@ func (a *Agent) DialGuest(ctx context.Context, id sandbox.ID, port uint16) (net.
 		}
 		return nil, fmt.Errorf("dial port %d of sandbox %s: %w: %w", port, id, sandbox.ErrUnavailable, err)
 	}
-	return in.track(c)
+	return in.track(c, local)
 }
 
 // dialable returns where the sandbox is, or why nobody can connect to it.
@@ -111,7 +129,7 @@ func ending(r *journal.Record) string {
 }
 
 // track makes the sandbox's end close the connection.
-func (in *instance) track(c net.Conn) (net.Conn, error) {
+func (in *instance) track(c net.Conn, local bool) (net.Conn, error) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	if err := in.refusal(); err != nil {
@@ -121,12 +139,13 @@ func (in *instance) track(c net.Conn) (net.Conn, error) {
 	if in.conns == nil {
 		in.conns = map[tracked]struct{}{}
 	}
+	in.usedAt = now()
 	if tcp, ok := c.(*net.TCPConn); ok {
-		t := &Conn{TCPConn: tcp, in: in}
+		t := &Conn{TCPConn: tcp, in: in, local: local}
 		in.conns[t] = struct{}{}
 		return t, nil
 	}
-	t := &otherConn{Conn: c, in: in}
+	t := &otherConn{Conn: c, in: in, local: local}
 	in.conns[t] = struct{}{}
 	return t, nil
 }
@@ -135,6 +154,7 @@ func (in *instance) untrack(t tracked) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	delete(in.conns, t)
+	in.usedAt = now()
 	if in.departing {
 		signal(in.quiet)
 	}

@@ -8,6 +8,9 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
+
+	"google.golang.org/protobuf/types/known/durationpb"
 
 	agentv1 "github.com/cloister-dev/cloister/internal/gen/agent/v1"
 	nodev1 "github.com/cloister-dev/cloister/internal/gen/node/v1"
@@ -193,6 +196,7 @@ type fakeServer struct {
 	before, after func(*nodev1.ReportRequest) error
 	refuse        error
 	cordoned      bool
+	decides       time.Duration
 }
 
 func (s *fakeServer) Register(_ context.Context, r *nodev1.RegisterRequest) (*nodev1.RegisterResponse, error) {
@@ -242,7 +246,21 @@ func (s *fakeServer) Report(_ context.Context, r *nodev1.ReportRequest) (*nodev1
 			return nil, err
 		}
 	}
-	return &nodev1.ReportResponse{AcknowledgedSequence: s.acked, Cordoned: s.cordoned}, nil
+	return &nodev1.ReportResponse{AcknowledgedSequence: s.acked, Cordoned: s.cordoned, Decides: durationpb.New(s.decides)}, nil
+}
+
+// decide has the server say from now on that it sees to ends, for so long from each report; 0: it does not.
+func (s *fakeServer) decide(lasts time.Duration) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.decides = lasts
+}
+
+// busy returns what the newest report says is in use.
+func (s *fakeServer) busy() []string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.reports[len(s.reports)-1].GetBusy()
 }
 
 func (s *fakeServer) cordon(cordoned bool) {

@@ -29,6 +29,8 @@ type instance struct {
 	departing bool
 	quiet     chan struct{}
 	resume    attempt
+	atOnce    bool              // somebody wants its end to come at once
+	usedAt    time.Time         // when a connection was last made or ended, at first when it was made or found
 	cancel    func(cause error) // ends the start under way
 	guest     *guestConn        // a connection that is kept for the claim of a warm sandbox
 	samples   samples
@@ -37,7 +39,7 @@ type instance struct {
 }
 
 func newInstance(r *journal.Record) *instance {
-	return &instance{id: r.ID, op: make(chan struct{}, 1), rec: *r, quiet: make(chan struct{}, 1)}
+	return &instance{id: r.ID, op: make(chan struct{}, 1), rec: *r, quiet: make(chan struct{}, 1), usedAt: now()}
 }
 
 // lock takes op.

@@ -208,7 +208,7 @@ func TestDialGuestOverTCP(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _ = far.Close() }()
-	c, err := in.track(near)
+	c, err := in.track(near, false)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -225,7 +225,7 @@ func TestDialGuestOverTCP(t *testing.T) {
 	if _, err := far.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
 		t.Errorf("the guest's side reads %v, want a reset", err)
 	}
-	if _, err := in.track(near); !errors.Is(err, sandbox.ErrNotFound) {
+	if _, err := in.track(near, false); !errors.Is(err, sandbox.ErrNotFound) {
 		t.Errorf("a connection after the end: %v", err)
 	}
 }

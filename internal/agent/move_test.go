@@ -154,7 +154,7 @@ func TestMove(t *testing.T) {
 			t.Errorf("something is still allocated: %+v", l.Allocated)
 		}
 		pass(6 * time.Minute)
-		if got := to.state(id); got != "paused" {
+		if got := to.state(id); got != "paused: idle for 5m0s" {
 			t.Errorf("state at the end: %s", got)
 		}
 	})

@@ -36,7 +36,14 @@ func (a *Agent) Pause(ctx context.Context, req *agentv1.PauseRequest) (*agentv1.
 	if err := checkGeneration(&r.Sandbox, req.GetGeneration()); err != nil {
 		return nil, toWireError(err)
 	}
-	if err := a.pause(ctx, in, fromWireKind(req.GetKind())); err != nil {
+	if req.GetTimedOut() {
+		if err = a.pauseOrEnd(ctx, in); err != nil && in.record().State == sandbox.StateStopping {
+			a.retryLater(ctx, in, err)
+		}
+	} else {
+		err = a.pause(ctx, in, fromWireKind(req.GetKind()), "")
+	}
+	if err != nil {
 		return nil, toWireError(err)
 	}
 	r = in.record()
@@ -44,18 +51,18 @@ func (a *Agent) Pause(ctx context.Context, req *agentv1.PauseRequest) (*agentv1.
 }
 
 // pause takes a running sandbox to paused; once begun, it does not depend on the caller. After an error the sandbox runs,
-// or is about to.
+// or is about to. The reason is empty where somebody asked for it.
 //
 // Until the journal says paused, the guest is there and decides: it goes on, and what was saved is deleted first. From then
 // on the checkpoint decides, and whatever is left of the guest goes.
 //
 // Preconditions: the caller holds in.op.
-func (a *Agent) pause(ctx context.Context, in *instance, kind sandbox.CheckpointKind) (err error) {
+func (a *Agent) pause(ctx context.Context, in *instance, kind sandbox.CheckpointKind, reason string) (err error) {
 	began := time.Now()
 	defer func() { a.metrics.saved("pause", err, began) }()
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), a.cfg.PauseTimeout)
 	defer cancel()
-	if err := a.putPausing(ctx, in); err != nil {
+	if err := a.putPausing(ctx, in, reason); err != nil {
 		return err
 	}
 	in.closeConns()
@@ -81,9 +88,10 @@ func (a *Agent) saveHeld(ctx context.Context, in *instance, kind sandbox.Checkpo
 	return a.saveCheckpoint(ctx, in, in.record().Checkpoint, kind, true)
 }
 
-// putPausing notes what the sandbox is going to be paused in.
-func (a *Agent) putPausing(ctx context.Context, in *instance) error {
+// putPausing notes what the sandbox is going to be paused in, and why.
+func (a *Agent) putPausing(ctx context.Context, in *instance, reason string) error {
 	r := in.record()
+	r.Reason = reason
 	r.State, r.Deadline = sandbox.StatePausing, now().Add(a.cfg.PauseTimeout)
 	r.Generation++
 	r.Checkpoint = ownCheckpoint(&r)
@@ -131,7 +139,7 @@ func (a *Agent) unpause(ctx context.Context, in *instance, cause error) error {
 		return fmt.Errorf("let sandbox %s go on: %w", in.id, err)
 	}
 	a.log.WarnContext(ctx, "sandbox not paused", slog.String("sandbox_id", string(in.id)), slog.Any("err", cause))
-	r.State, r.Checkpoint, r.Deadline = sandbox.StateRunning, "", time.Time{}
+	r.State, r.Checkpoint, r.Deadline, r.Reason = sandbox.StateRunning, "", time.Time{}, ""
 	r.Generation++
 	r.Append(journal.Line{Time: now(), Level: "warn", Message: fmt.Sprintf("sandbox not paused, it goes on: %v", cause)})
 	if err := a.put(ctx, in, r); err != nil {
@@ -141,7 +149,7 @@ func (a *Agent) unpause(ctx context.Context, in *instance, cause error) error {
 	return nil
 }
 
-// pauseAtEnd pauses a sandbox whose time is up. When that cannot be done, the sandbox is ended.
+// pauseAtEnd pauses a sandbox whose time is up, unless that was changed meanwhile.
 //
 // Preconditions: the caller holds in.op.
 func (a *Agent) pauseAtEnd(ctx context.Context, in *instance) error {
@@ -149,16 +157,26 @@ func (a *Agent) pauseAtEnd(ctx context.Context, in *instance) error {
 	if r.State != sandbox.StateRunning || r.EndAt.IsZero() || r.EndAt.After(now()) || !in.alive() {
 		return nil // moved or ended meanwhile
 	}
-	err := a.pause(ctx, in, r.AutoPauseKind)
+	if err := a.pauseOrEnd(ctx, in); err != nil && in.record().State != sandbox.StateRunning {
+		return err
+	}
+	return nil // it was paused, has ended, or is tried again
+}
+
+// pauseOrEnd pauses a sandbox whose time is up. When that cannot be done, again and again, the sandbox is ended, which is no
+// error.
+//
+// Preconditions: the caller holds in.op.
+func (a *Agent) pauseOrEnd(ctx context.Context, in *instance) error {
+	r := in.record()
+	err := a.pause(ctx, in, r.AutoPauseKind, endReason(&r))
 	if err == nil || in.record().State != sandbox.StateRunning {
 		return nil // what is left to do has been noted
 	}
 	if tries := in.pauseFailed(now()); tries < maxAutoPauses && !errors.Is(err, sandbox.ErrUnsupported) {
-		return nil
+		return err
 	}
-	return a.end(ctx, in, journal.Ending{
-		State: sandbox.StateDeleted, Type: "timed_out", Reason: fmt.Sprintf("timeout, and it could not be paused: %.*s", maxReasonBytes, err.Error()),
-	})
+	return a.end(ctx, in, timedOut(fmt.Sprintf("%s, and it could not be paused: %.*s", endReason(&r), maxReasonBytes, err.Error())))
 }
 
 // settlePausing ends a pause that nobody carries out any more.

@@ -345,7 +345,7 @@ func TestAutoPause(t *testing.T) {
 			t.Errorf("before its end: %s", got)
 		}
 		pass(2 * time.Second)
-		if got := n.state(id); got != "paused" {
+		if got := n.state(id); got != "paused: timeout" {
 			t.Errorf("after its end: %s", got)
 		}
 		if got := n.state(never); !strings.HasPrefix(got, "deleted: timeout, and it could not be paused: ") || !strings.Contains(got, "saves nothing") {

@@ -26,6 +26,8 @@ type State struct {
 	Pools     []PoolState
 	// Room is what is not allocated.
 	Room sandbox.Resources
+	// Decided is until when a server sees to the ends of sandboxes.
+	Decided time.Time
 	// Acknowledged is the last change that the server has.
 	Acknowledged int64
 	// Waiting counts creates that wait for their turn.
@@ -69,8 +71,16 @@ type SandboxState struct {
 	// Deadline is of a migrating one: when the server is to be reminded of it.
 	Deadline time.Time
 	EndAt    time.Time
-	EndedAt  time.Time
-	RetryAt  time.Time
+	// AtOnce means that somebody wants the end to come at once.
+	AtOnce bool
+	// Idle means that the end comes Timeout after the last use; UsedAt is when that was as far as the node knows, and Open
+	// means that it goes on.
+	Idle    bool
+	Open    bool
+	Timeout time.Duration
+	UsedAt  time.Time
+	EndedAt time.Time
+	RetryAt time.Time
 	// Sequence is the number of its last change; 0 when there was none.
 	Sequence int64
 }
@@ -175,12 +185,12 @@ func (p *planner) sandbox(b *SandboxState) {
 		if p.due(b.RetryAt) {
 			p.do(ActionRetry, b.ID)
 		}
-	case b.EndAt.IsZero():
+	case b.EndAt.IsZero() || !p.due(p.ownEnd(b)):
 	case b.AutoPause:
-		if p.due(b.EndAt) && p.due(b.RetryAt) {
+		if p.due(b.RetryAt) {
 			p.do(ActionPause, b.ID)
 		}
-	case p.due(b.EndAt):
+	default:
 		p.do(ActionExpire, b.ID)
 	}
 }

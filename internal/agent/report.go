@@ -141,8 +141,8 @@ func (a *reporter) tell(ctx context.Context, reg *registration) error {
 		if err != nil {
 			return err
 		}
-		if a.counts && a.cordoned.Swap(resp.GetCordoned()) != resp.GetCordoned() {
-			a.poke()
+		if a.counts {
+			a.heed(resp)
 		}
 		acked := resp.GetAcknowledgedSequence()
 		switch {
@@ -167,6 +167,14 @@ func (a *reporter) tell(ctx context.Context, reg *registration) error {
 	}
 }
 
+// heed takes what the server that counts says beside what it knows.
+func (a *reporter) heed(resp *nodev1.ReportResponse) {
+	a.setDecided(resp.GetDecides().AsDuration())
+	if a.cordoned.Swap(resp.GetCordoned()) != resp.GetCordoned() {
+		a.poke()
+	}
+}
+
 // acknowledge notes that the server has the changes up to n, if it is the one that counts.
 func (a *reporter) acknowledge(ctx context.Context, n int64) error {
 	if !a.counts {
@@ -183,7 +191,7 @@ func (a *reporter) acknowledge(ctx context.Context, n int64) error {
 // nextReport makes the next report, and says up to which change it tells everything.
 func (a *reporter) nextReport(ctx context.Context, reg *registration) (req *nodev1.ReportRequest, last int64, err error) {
 	l := a.journal.Ledger()
-	req = &nodev1.ReportRequest{NodeId: string(a.node), Epoch: reg.epoch, Load: toWireLoad(&l, a.used.now())}
+	req = &nodev1.ReportRequest{NodeId: string(a.node), Epoch: reg.epoch, Load: toWireLoad(&l, a.used.now()), Busy: a.busyBoxes()}
 	if !reg.full {
 		changes, complete, err := a.journal.Changes(ctx, reg.acked, maxReport)
 		if err != nil {

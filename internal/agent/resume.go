@@ -93,6 +93,7 @@ func (a *Agent) extend(ctx context.Context, in *instance, w *wish) error {
 	}
 	if !r.EndAt.Equal(end) {
 		r.Timeout = w.timeout
+		in.setAtOnce(false)
 	}
 	r.EndAt, r.AutoPause = end, auto
 	r.Generation++
@@ -187,13 +188,14 @@ func (a *Agent) putRestored(ctx context.Context, in *instance, r journal.Record,
 	}
 	old, at := r.Checkpoint, now()
 	r.State, r.Checkpoint, r.Deadline, r.Rewinding, r.Guarded = sandbox.StateRunning, "", time.Time{}, false, false
-	r.PausedAt, r.PausedKind, r.PausedBytes = time.Time{}, "", 0
+	r.PausedAt, r.PausedKind, r.PausedBytes, r.Reason = time.Time{}, "", 0, ""
 	r.Generation++
 	r.Append(journal.Line{Time: at, Level: "info", Message: ranAgain[change]})
 	if err := a.put(ctx, in, r, journal.Change{Type: change, Time: at, Sandbox: r.Sandbox}); err != nil {
 		return err
 	}
 	in.settled()
+	in.setAtOnce(false)
 	a.dropLater(old)
 	return nil
 }

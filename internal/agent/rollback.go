@@ -71,7 +71,7 @@ func (a *Agent) rollback(ctx context.Context, in *instance, id string, permitted
 //
 // Preconditions: the caller holds in.op.
 func (a *Agent) rewindRunning(ctx context.Context, in *instance, from *snapshot.Held) error {
-	if err := a.putPausing(ctx, in); err != nil {
+	if err := a.putPausing(ctx, in, ""); err != nil {
 		return err
 	}
 	r := in.record()

@@ -6,7 +6,6 @@ import (
 	"runtime"
 	"time"
 
-	"github.com/cloister-dev/cloister/internal/journal"
 	"github.com/cloister-dev/cloister/internal/sandbox"
 )
 
@@ -48,7 +47,8 @@ func (a *Agent) observe(at time.Time) *State {
 	waiting, _ := a.gate.waiting()
 	c := &a.cfg
 	s := &State{
-		Room: l.Capacity.Sub(l.Allocated.Resources), Acknowledged: a.acked.Load(), Cordoned: a.cordoned.Load(), Waiting: waiting + int(a.short.Load()),
+		Decided: a.decidedUntil(),
+		Room:    l.Capacity.Sub(l.Allocated.Resources), Acknowledged: a.acked.Load(), Cordoned: a.cordoned.Load(), Waiting: waiting + int(a.short.Load()),
 		MaxFilling: max(1, runtime.GOMAXPROCS(0)/2),
 		WarmMin:    c.WarmMin, WarmMax: c.WarmMax, WarmKeep: c.WarmKeep, WarmIdle: c.WarmIdle, Retention: c.Retention,
 	}
@@ -81,6 +81,7 @@ func (in *instance) observe() SandboxState {
 	return SandboxState{
 		ID: in.id, State: r.State, Busy: len(in.op) > 0, Warm: r.Warm, Ready: r.Ready, Build: r.BuildID != "",
 		AutoPause: r.AutoPause, Left: in.left,
+		AtOnce: in.atOnce, Idle: r.IdleTimeout, Open: len(in.conns) > 0, Timeout: r.Timeout, UsedAt: in.usedAt,
 		Deadline: r.Deadline, EndAt: r.EndAt, EndedAt: r.EndedAt, RetryAt: in.retryAt, Sequence: r.Last.Sequence,
 	}
 }
@@ -145,7 +146,7 @@ func (a *Agent) settle(ctx context.Context, in *instance, kind ActionKind) error
 		if r.EndAt.IsZero() || r.EndAt.After(now()) {
 			return nil // moved meanwhile
 		}
-		return a.end(ctx, in, journal.Ending{State: sandbox.StateDeleted, Reason: "timeout", Type: "timed_out"})
+		return a.end(ctx, in, timedOut(endReason(&r)))
 	case kind == ActionPause:
 		return a.pauseAtEnd(ctx, in)
 	case kind == ActionGiveBack:
