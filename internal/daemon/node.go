@@ -285,5 +285,5 @@ func (n *nodeRole) DialGuest(ctx context.Context, node sandbox.NodeID, id sandbo
 	if node != n.agent.NodeID() {
 		return nil, sandbox.NotFoundf("sandbox %s is on node %s, this is %s: ask a server", id, node, n.agent.NodeID())
 	}
-	return n.agent.DialGuest(ctx, id, port)
+	return n.agent.DialLocal(ctx, id, port)
 }
