@@ -176,6 +176,8 @@ type LocalProxy interface {
 	Follower
 	// Activities returns every sandbox that was used after since.
 	Activities(since time.Time) []sandbox.Activity
+	// Open returns how many connections of clients are open, and how many requests.
+	Open() (connections, requests int)
 }
 
 // localProxy names the proxy of this process among the others, whose ids have 6 characters.
@@ -192,6 +194,8 @@ func (c *Control) RunProxy(ctx context.Context, p LocalProxy) error {
 	for sequence := int64(1); ; sequence++ {
 		now := time.Now()
 		c.activity.report(localProxy, sequence, sequence == 1, p.Activities(since))
+		connections, requests := p.Open()
+		c.activity.self(localProxy, proxySelf{connections: connections, requests: requests})
 		since = now
 		select {
 		case <-ctx.Done():

@@ -264,6 +264,8 @@ func (f *follower) Activities(time.Time) []sandbox.Activity {
 	return f.uses
 }
 
+func (*follower) Open() (connections, requests int) { return 3, 2 }
+
 // TestRunProxy checks what the proxy of the server's own process is told.
 func TestRunProxy(t *testing.T) {
 	c := apitest.NewCluster(t, nil)
@@ -285,6 +287,10 @@ func TestRunProxy(t *testing.T) {
 	}
 	if open, last, _ := c.Control.Activity("i0"); open != 2 || last.IsZero() {
 		t.Errorf("%d open, last used %v", open, last)
+	}
+	all, err := c.Control.ListProxies(t.Context())
+	if err != nil || len(all) != 1 || all[0].State != control.ProxyReady || all[0].Connections != 3 || all[0].Requests != 2 {
+		t.Errorf("proxies %+v, %v", all, err)
 	}
 	cancel()
 	if err := <-done; err != nil {

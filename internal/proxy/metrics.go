@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -21,6 +22,7 @@ type metrics struct {
 	waiting  prometheus.Gauge
 	wakes    *prometheus.CounterVec
 	in, out  prometheus.Counter
+	inFlight atomic.Int64          // as open, for those who ask
 	byClass  [6]prometheus.Counter // requests, by the first digit of their status; 0 for none
 }
 
@@ -106,11 +108,13 @@ type outcome struct {
 
 func (m *metrics) begin() *outcome {
 	m.open.Inc()
+	m.inFlight.Add(1)
 	return &outcome{metrics: m, start: time.Now()}
 }
 
 func (o *outcome) end() {
 	o.metrics.open.Dec()
+	o.metrics.inFlight.Add(-1)
 	o.metrics.duration.Observe(time.Since(o.start).Seconds())
 	o.metrics.byClass[classIndex(o.status)].Inc()
 	if o.failure != "" {

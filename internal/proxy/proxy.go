@@ -19,6 +19,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -91,6 +92,8 @@ type Config struct {
 	MaxConnections int
 	// HTTP1 is the data path of HTTP/1.1; empty means HTTP1Fast.
 	HTTP1 string
+	// Ready reports whether GET /readyz, sent to none of the sandboxes, is answered with 200; nil means always.
+	Ready func() bool
 	// MaxRequestsPerSandbox bounds the open requests of one sandbox; more are answered with 429. 0 means 8192.
 	MaxRequestsPerSandbox int
 }
@@ -114,6 +117,7 @@ type Proxy struct {
 	maxConnections int
 	http1          string
 	stallTimeout   time.Duration
+	connections    atomic.Int64
 }
 
 // New returns a Proxy; Serve, or an http.Server of the caller's, makes it answer. Errors: ErrInvalid.
@@ -131,7 +135,7 @@ func New(cfg Config) (*Proxy, error) {
 	}
 	f := newForwarder(cfg, m)
 	return &Proxy{
-		resolver:       &resolver{rules: newRules(cfg.Domain, cfg.PublicHosts), router: cfg.Router, signatures: cfg.Signatures, waits: f.waits},
+		resolver:       &resolver{rules: newRules(cfg.Domain, cfg.PublicHosts), router: cfg.Router, signatures: cfg.Signatures, waits: f.waits, ready: cfg.Ready},
 		forwarder:      f,
 		metrics:        m,
 		logger:         cfg.Logger,
@@ -145,6 +149,9 @@ func New(cfg Config) (*Proxy, error) {
 func withDefaults(cfg *Config) {
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
+	if cfg.Ready == nil {
+		cfg.Ready = func() bool { return true }
 	}
 	cfg.WaitTimeout = orDefault(cfg.WaitTimeout, defaultWaitTimeout)
 	cfg.DialTimeout = orDefault(cfg.DialTimeout, defaultDialTimeout)
@@ -175,6 +182,11 @@ func (p *Proxy) NodeDown(id sandbox.NodeID) { p.forwarder.guests.nodeDown(id) }
 // remembered. A sandbox without open requests is remembered for 2 minutes, and until since is past its last use.
 func (p *Proxy) Activities(since time.Time) []sandbox.Activity {
 	return p.forwarder.guests.activities(since)
+}
+
+// Open returns how many clients' connections Serve has open, and how many requests.
+func (p *Proxy) Open() (connections, requests int) {
+	return int(p.connections.Load()), int(p.metrics.inFlight.Load())
 }
 
 // ServeHTTP answers one request: by the guest that it names, or with an error in that guest's stead.

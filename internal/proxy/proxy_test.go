@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/http"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -226,13 +227,23 @@ func TestPreflightReachesGuest(t *testing.T) {
 }
 
 func TestHealth(t *testing.T) {
-	r := newRig(t, nil)
-	if res, body := r.get(t, "/healthz"); res.StatusCode != http.StatusOK || failureOf(t, body).Message != "ok" {
-		t.Errorf("%d %s", res.StatusCode, body)
+	var ready atomic.Bool
+	r := newRig(t, func(cfg *Config) { cfg.Ready = ready.Load })
+	expect := func(path, want string, status int) {
+		t.Helper()
+		if res, body := r.get(t, path); res.StatusCode != status || failureOf(t, body).Message != want {
+			t.Errorf("%s: %d %s; want %d %q", path, res.StatusCode, body, status, want)
+		}
 	}
+	expect("/healthz", "ok", http.StatusOK)
+	expect("/readyz", "not ready", http.StatusServiceUnavailable)
+	ready.Store(true)
+	expect("/readyz", "ok", http.StatusOK)
 	r.listen(t, testID, 8000, seen("8000"))
-	if _, body := r.get(t, "/healthz", toGuest("8000")...); !strings.HasPrefix(body, "8000 ") {
-		t.Errorf("a guest's own /healthz was answered by the proxy: %s", body)
+	for _, path := range []string{"/healthz", "/readyz"} {
+		if _, body := r.get(t, path, toGuest("8000")...); !strings.HasPrefix(body, "8000 ") {
+			t.Errorf("a guest's own %s was answered by the proxy: %s", path, body)
+		}
 	}
 }
 

@@ -24,6 +24,7 @@ type resolver struct {
 	router     router
 	signatures signatures
 	waits      *waits
+	ready      func() bool
 }
 
 // resolve decides for a request of net/http's.
@@ -49,7 +50,7 @@ func (rs *resolver) resolveHead(ctx context.Context, h head) (destination, *fail
 		return destination{}, badRequest(err)
 	}
 	if t.form == formOwn {
-		return destination{}, &failure{status: http.StatusOK, message: "ok"}
+		return destination{}, rs.own(t)
 	}
 	if t.port == GuestAgentPort && internalRoute(t.path) {
 		return destination{}, refusedRoute(t)
@@ -58,6 +59,14 @@ func (rs *resolver) resolveHead(ctx context.Context, h head) (destination, *fail
 		return destination{}, slashMissing(t, h.query)
 	}
 	return rs.find(ctx, t)
+}
+
+// own answers a question to the proxy itself: whether it works, and whether it should get traffic.
+func (rs *resolver) own(t target) *failure {
+	if t.path == "/readyz" && !rs.ready() {
+		return &failure{status: http.StatusServiceUnavailable, message: "not ready"}
+	}
+	return &failure{status: http.StatusOK, message: "ok"}
 }
 
 // find looks the target's sandbox up, and waits for it to take requests.

@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -46,7 +47,7 @@ type ServeOptions struct {
 // Serve answers on the listener until ctx ends, then closes it, lets open requests go on for a while, cuts the
 // rest and closes the Proxy. It returns when all of that is over: nil after ctx has ended, else why the listener failed.
 func (p *Proxy) Serve(ctx context.Context, l net.Listener, opt ServeOptions) error {
-	bounded := &boundedListener{Listener: l, slots: make(chan struct{}, p.maxConnections), done: make(chan struct{})}
+	bounded := &boundedListener{Listener: l, slots: make(chan struct{}, p.maxConnections), done: make(chan struct{}), open: &p.connections}
 	if opt.Handler == nil {
 		opt.Handler = p
 	}
@@ -132,6 +133,7 @@ type boundedListener struct {
 	slots chan struct{}
 	done  chan struct{}
 	once  sync.Once
+	open  *atomic.Int64
 }
 
 // Accept waits for a slot, then for a connection.
@@ -146,7 +148,8 @@ func (l *boundedListener) Accept() (net.Conn, error) {
 		<-l.slots
 		return nil, err
 	}
-	return &boundedConn{Conn: conn, release: sync.OnceFunc(func() { <-l.slots })}, nil
+	l.open.Add(1)
+	return &boundedConn{Conn: conn, release: sync.OnceFunc(func() { l.open.Add(-1); <-l.slots })}, nil
 }
 
 // Close ends Accept.

@@ -113,7 +113,7 @@ func (ru rules) parse(h head) (target, error) {
 		return target{}, sandbox.Invalidf("host %.80q names no sandbox: want <port>-<sandbox id>.%s, or the path /sandbox/<sandbox id>/<port>/", h.host, ru.domainOr("<domain>"))
 	}
 	switch h.path {
-	case "/healthz":
+	case "/healthz", "/readyz":
 		return target{form: formOwn, path: h.path}, nil
 	case "/files":
 		return fromSignature(h)

@@ -20,20 +20,31 @@ type reporter struct {
 	since time.Time
 	full  bool
 	every time.Duration
+	// leaving that the proxy takes no new requests.
+	leaving bool
 }
 
 // report reports until ctx ends.
 func (t *Table) report(ctx context.Context, tr traffic) {
 	rp := &reporter{table: t, traffic: tr, full: true, every: t.cfg.ReportEvery}
+	var told chan<- error
 	for {
-		if err := rp.send(ctx); err != nil && ctx.Err() == nil {
+		err := rp.send(ctx)
+		if err != nil && ctx.Err() == nil {
 			t.log.LogAttrs(ctx, slog.LevelDebug, "activity not reported", slog.Any("err", err))
 		}
+		if told != nil {
+			told <- err // it has room
+		}
+		told = nil
 		wait := time.NewTimer(rp.every)
 		select {
 		case <-ctx.Done():
 			wait.Stop()
 			return
+		case told = <-t.leaving:
+			rp.leaving = true
+			wait.Stop()
 		case <-wait.C:
 		}
 	}
@@ -49,7 +60,7 @@ func (rp *reporter) send(ctx context.Context) error {
 	}
 	rp.sequence++
 	resp, err := rp.table.server.Report(ctx, &proxyv1.ReportRequest{
-		Sequence: rp.sequence, Activities: activitiesToWire(rp.traffic.Activities(since)), Full: rp.full,
+		Sequence: rp.sequence, Activities: activitiesToWire(rp.traffic.Activities(since)), Full: rp.full, Proxy: rp.table.self(), Leaving: rp.leaving,
 	})
 	if err != nil {
 		rp.full = true
@@ -67,6 +78,20 @@ func (rp *reporter) send(ctx context.Context) error {
 	rp.since, rp.full = now, false
 	rp.table.metrics.reports.WithLabelValues("acknowledged").Inc()
 	return nil
+}
+
+// self is what the proxy says of itself; nil for one that is in no list.
+func (t *Table) self() *proxyv1.Proxy {
+	if t.cfg.Self == nil {
+		return nil
+	}
+	s := t.cfg.Self()
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	return &proxyv1.Proxy{
+		Version: s.Version, Address: s.Address, StartedAt: timestamppb.New(s.Started), Connections: int32(min(s.Connections, 1<<30)), //nolint:gosec // bounded
+		Requests: int32(min(s.Requests, 1<<30)), Table: t.name, TableVersion: t.version, //nolint:gosec // bounded
+	}
 }
 
 func activitiesToWire(all []sandbox.Activity) []*proxyv1.Activity {

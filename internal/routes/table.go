@@ -2,6 +2,7 @@ package routes
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
 	"sync"
 	"time"
@@ -51,6 +52,18 @@ type Config struct {
 	CallTimeout time.Duration
 	// ReportEvery is the time between two reports of activity; 0 means 2 s. The server may ask for them more often.
 	ReportEvery time.Duration
+	// Self says what the proxy is, for the list of them; nil means that it is in none.
+	Self func() Self
+}
+
+// Self is what a proxy says of itself.
+type Self struct {
+	Version string
+	// Address is the URL by which clients reach it.
+	Address string
+	Started time.Time
+	// Connections are clients', Requests those that are open on them.
+	Connections, Requests int
 }
 
 func (cfg Config) withDefaults() Config {
@@ -88,6 +101,8 @@ type Table struct {
 	staleSince time.Time
 	waiting    map[sandbox.ID]*waiters
 	asking     map[sandbox.ID]*question
+	// leaving hands the reporter where it is to say how the telling went.
+	leaving chan chan<- error
 }
 
 // New returns an empty Table; Run fills it. Errors: ErrInvalid.
@@ -102,6 +117,7 @@ func New(cfg Config) (*Table, error) {
 		routes:  make(map[sandbox.ID]sandbox.Route), nodes: make(map[sandbox.NodeID]sandbox.NodeRoute),
 		staleSince: time.Now(),
 		waiting:    make(map[sandbox.ID]*waiters), asking: make(map[sandbox.ID]*question),
+		leaving: make(chan chan<- error),
 	}
 	var err error
 	t.metrics, err = newMetrics(cfg.Registerer, t)
@@ -115,6 +131,23 @@ func (t *Table) Run(ctx context.Context, tr traffic) error {
 	g.Go(func() error { t.follow(ctx, tr); return nil })
 	g.Go(func() error { t.report(ctx, tr); return nil })
 	return g.Wait()
+}
+
+// Leave tells the server that the proxy takes no new requests, and returns when it is registered no more. What sandboxes are
+// used for is reported until Run ends. Errors: ErrUnavailable where no server hears it; ctx's.
+func (t *Table) Leave(ctx context.Context) error {
+	told := make(chan error, 1)
+	select {
+	case t.leaving <- told:
+	case <-ctx.Done():
+		return fmt.Errorf("leave the fleet: %w", ctx.Err())
+	}
+	select {
+	case err := <-told:
+		return err
+	case <-ctx.Done():
+		return fmt.Errorf("leave the fleet: %w", ctx.Err())
+	}
 }
 
 // Ready reports whether the table has been whole once.

@@ -429,3 +429,49 @@ func (r *rig) report(t *testing.T, i int) *proxyv1.ReportRequest {
 	defer r.server.mu.Unlock()
 	return r.reports[i]
 }
+
+// TestLeave checks that the server hears of the end before Leave returns, and that reports go on.
+func TestLeave(t *testing.T) {
+	started := time.Unix(7, 0)
+	r := newRig(t, func(cfg *routes.Config) {
+		cfg.Self = func() routes.Self {
+			return routes.Self{Version: "v2", Address: "http://edge", Started: started, Connections: 3, Requests: 2}
+		}
+	})
+	s := r.stream()
+	s <- &proxyv1.WatchResponse{Table: "t", Version: 4, Snapshot: true}
+	<-r.server.asked
+	for !r.table.Ready() {
+		<-time.After(time.Millisecond)
+	}
+	if err := r.table.Leave(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	i := r.reported() - 1
+	for ; !r.report(t, i).GetLeaving(); i-- {
+		if i == 0 {
+			t.Fatal("no report says that the proxy leaves")
+		}
+	}
+	got := r.report(t, i).GetProxy()
+	if got.GetVersion() != "v2" || got.GetAddress() != "http://edge" || !got.GetStartedAt().AsTime().Equal(started) || got.GetConnections() != 3 ||
+		got.GetRequests() != 2 || got.GetTable() != "t" || got.GetTableVersion() != 4 {
+		t.Errorf("the proxy says of itself: %v", got)
+	}
+	if next := r.report(t, r.reported()); !next.GetLeaving() {
+		t.Errorf("after it left: %v", next)
+	}
+	r.acknowledge(func(*proxyv1.ReportRequest) (int64, error) {
+		return 0, connect.NewError(connect.CodeUnavailable, errors.New("away"))
+	})
+	if err := r.table.Leave(t.Context()); !errors.Is(err, sandbox.ErrUnavailable) {
+		t.Errorf("without a server: %v", err)
+	}
+	r.stop()
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := r.table.Leave(ctx); !errors.Is(err, context.Canceled) {
+		t.Errorf("a table that does not run: %v", err)
+	}
+	close(s)
+}

@@ -23,6 +23,7 @@ type idle struct{ told atomic.Int64 }
 func (p *idle) Changed(sandbox.Route)                 { p.told.Add(1) }
 func (*idle) NodeDown(sandbox.NodeID)                 {}
 func (*idle) Activities(time.Time) []sandbox.Activity { return nil }
+func (*idle) Open() (connections, requests int)       { return 0, 0 }
 
 // counted counts what a server writes.
 type counted struct {
