@@ -19,6 +19,9 @@ const (
 	// moveDeadline bounds a move, and nodeDeadline is when the node that gives a sandbox away may ask what became of it.
 	moveDeadline = 4 * time.Minute
 	nodeDeadline = 5 * time.Minute
+	// moveGrace is how long open requests to a sandbox may take to end before it is saved, while new ones wait. What is open
+	// longer is cut; proxies repeat what is cut where that is harmless.
+	moveGrace = 2 * time.Second
 	// maxTargets bounds the nodes that one move tries.
 	maxTargets = 3
 	// arriveTries bounds how often a node that does not answer is asked to let a sandbox arrive.
@@ -94,6 +97,9 @@ func (c *Control) planMove(ctx context.Context, id sandbox.ID) (*transfer, error
 	}
 	if box.State != sandbox.StateRunning && box.State != sandbox.StatePaused {
 		return nil, sandbox.Conflictf("sandbox %s is %s: only one that runs or is paused can be moved", id, box.State)
+	}
+	if c.noted.isBereft(id) {
+		return nil, sandbox.Conflictf("sandbox %s is being brought back: its node %s has lost it", id, box.NodeID)
 	}
 	agent, err := c.agent(box.NodeID)
 	if err != nil {
@@ -181,7 +187,9 @@ func (c *Control) fetch(ctx context.Context, node sandbox.NodeID, req *agentv1.F
 
 // depart has the sandbox saved where it is. Where the node does not answer, it may have been: it is told to go on.
 func (c *Control) depart(ctx context.Context, t *transfer) error {
-	resp, err := t.agent.Depart(ctx, &agentv1.DepartRequest{Id: string(t.box.ID), Deadline: durationpb.New(nodeDeadline)})
+	resp, err := t.agent.Depart(ctx, &agentv1.DepartRequest{
+		Id: string(t.box.ID), Deadline: durationpb.New(nodeDeadline), Grace: durationpb.New(moveGrace),
+	})
 	if err = fromNode(t.box.NodeID, err); err != nil {
 		err = fmt.Errorf("move sandbox %s: save it: %w", t.box.ID, err)
 		if errors.Is(err, sandbox.ErrUnavailable) {

@@ -5,6 +5,9 @@ import (
 	"encoding/json"
 	"fmt"
 	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
 	"slices"
 	"testing"
 	"time"
@@ -24,6 +27,10 @@ type Shape struct {
 	AllInOne bool
 	// Flags are given to every daemon.
 	Flags []string
+	// Programs are the directories of commands that the default template has in /bin.
+	Programs []string
+	// Disk is the size of the disk, such as 2G, that each machine gets for its data; empty has it share that of the test.
+	Disk string
 }
 
 // Cluster is a server, nodes and proxies, each a machine of one lab.
@@ -39,7 +46,12 @@ type Cluster struct {
 // NewCluster starts a cluster whose default template is a tiny tree, and returns when every node can be given a sandbox.
 func NewCluster(tb testing.TB, s Shape) *Cluster {
 	tb.Helper()
-	c := &Cluster{Lab: NewLab(tb), tb: tb, flags: append([]string{"--base-sources", "dir:" + TinyTree(tb)}, s.Flags...)}
+	tree := TinyTree(tb)
+	for _, dir := range s.Programs {
+		build(tb, dir, filepath.Join(tree, "bin", filepath.Base(dir)))
+	}
+	c := &Cluster{Lab: NewLab(tb), tb: tb, flags: append([]string{"--base-sources", "dir:" + tree}, s.Flags...)}
+	c.Lab.disk = s.Disk
 	c.Server = c.Lab.Machine("server")
 	role := "server"
 	if s.AllInOne {
@@ -74,6 +86,16 @@ func NewCluster(tb testing.TB, s Shape) *Cluster {
 		})
 	}
 	return c
+}
+
+// build compiles a command without cgo.
+func build(tb testing.TB, dir, to string) {
+	tb.Helper()
+	cmd := exec.CommandContext(tb.Context(), "go", "build", "-trimpath", "-o", to, "./"+dir) //nolint:gosec // the test's own command
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		tb.Fatalf("build %s: %v\n%s", dir, err, out)
+	}
 }
 
 // Client returns a client of the server.

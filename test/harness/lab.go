@@ -45,6 +45,8 @@ type Lab struct {
 	tb     testing.TB
 	prefix string
 	next   byte
+	// disk is the size of each machine's own disk; empty for none.
+	disk string
 	// machines by name.
 	machines map[string]*Machine
 }
@@ -125,6 +127,9 @@ func (l *Lab) newMachine(name string) *Machine {
 	m := &Machine{Name: name, Addr: netip.AddrFrom4([4]byte{10, 99, 0, l.next}), Dir: dir, lab: l, binary: Binary(l.tb)}
 	l.next++
 	l.machines[name] = m
+	if l.disk != "" {
+		m.disk(l.disk)
+	}
 	return m
 }
 
@@ -156,6 +161,21 @@ func (l *Lab) PartitionOneWay(a, b *Machine) {
 func (l *Lab) Isolate(m *Machine) {
 	l.tb.Helper()
 	l.block(fmt.Sprintf("add element bridge lab lonely { %s }", m.Addr))
+}
+
+// Mend undoes Partition and PartitionOneWay between two machines, as far as there was one.
+func (l *Lab) Mend(a, b *Machine) {
+	l.tb.Helper()
+	for _, pair := range [][2]*Machine{{a, b}, {b, a}} { // added first: what is not there cannot be deleted
+		l.PartitionOneWay(pair[0], pair[1])
+		l.block(fmt.Sprintf("delete element bridge lab pairs { %s . %s }", pair[0].Addr, pair[1].Addr))
+	}
+}
+
+// Rejoin undoes Isolate.
+func (l *Lab) Rejoin(m *Machine) {
+	l.tb.Helper()
+	l.block(fmt.Sprintf("delete element bridge lab lonely { %s }", m.Addr))
 }
 
 // Heal undoes every partition.

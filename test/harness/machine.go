@@ -1,6 +1,7 @@
 package harness
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
@@ -96,8 +97,43 @@ func (m *Machine) Again() {
 	m.Start(m.starts[len(m.starts)-1]...)
 }
 
+// Upgrade starts what was started last from a program of the machine's own, as after its file was replaced.
+func (m *Machine) Upgrade() {
+	m.lab.tb.Helper()
+	to := filepath.Join(m.Dir, "cloister-new")
+	raw, err := os.ReadFile(m.binary)
+	if err == nil {
+		err = os.WriteFile(to, raw, 0o755) //nolint:gosec // a program
+	}
+	if err != nil {
+		m.lab.tb.Fatal(err)
+	}
+	m.binary = to
+	m.Again()
+}
+
 // Running reports whether the machine's daemon was started and not stopped again through this value.
 func (m *Machine) Running() bool { return m.cmd != nil }
+
+// PID is the running daemon's process id.
+func (m *Machine) PID() int { return m.cmd.Process.Pid }
+
+// LogLines returns the lines that the machine's daemons have logged and that contain text, the last of them where there are
+// more than most.
+func (m *Machine) LogLines(text string, most int) []string {
+	f, err := os.Open(m.logFile())
+	if err != nil {
+		return []string{err.Error()}
+	}
+	defer func() { _ = f.Close() }()
+	var found []string
+	for lines := bufio.NewScanner(f); lines.Scan(); {
+		if strings.Contains(lines.Text(), text) {
+			found = append(found, lines.Text())
+		}
+	}
+	return found[max(len(found)-most, 0):]
+}
 
 func (m *Machine) logFile() string { return filepath.Join(m.Dir, "test.log") }
 
@@ -236,6 +272,7 @@ func purge(tb testing.TB, dir string) {
 			tb.Errorf("purge %s: %v\n%s", data, err, out)
 		}
 	}
+	unmount(tb, data)
 	if err := os.RemoveAll(dir); err != nil {
 		tb.Error(err)
 	}
