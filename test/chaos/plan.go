@@ -1,0 +1,233 @@
+// Package chaos breaks a running cluster on purpose, while it is used, and looks at what has become of what it promised.
+//
+// A run has three parts that know nothing of each other: the plan (plan.go) says what is done when and is a pure function of
+// a seed; the ledger (ledger.go) notes what the cluster has acknowledged; the check (check.go) is a pure function that
+// compares the ledger with what is found on the machines. The rest carries that out. docs/reliability.md says what it is for.
+package chaos
+
+import (
+	"math/rand/v2"
+	"slices"
+	"time"
+)
+
+// Kind is what a fault does. Each is undone when it ends.
+type Kind string
+
+// The kinds of faults.
+const (
+	// Kill ends the daemon with SIGKILL; what it runs goes on. At the end it is started again.
+	Kill Kind = "kill"
+	// Power ends everything in the machine at once, sandboxes too.
+	Power Kind = "power"
+	// Halt stops the daemon with SIGSTOP, Freeze everything in the machine.
+	Halt   Kind = "halt"
+	Freeze Kind = "freeze"
+	// Isolate cuts the machine off from all others, Cut from Peer. Deaf drops what Peer sends to the machine.
+	Isolate Kind = "isolate"
+	Cut     Kind = "cut"
+	Deaf    Kind = "deaf"
+	// Fill leaves no free byte on the machine's disk.
+	Fill Kind = "fill"
+	// Drain has the node give its sandboxes to others; it is no fault, but comes at times like one.
+	Drain Kind = "drain"
+	// Clock sets the clock of the machine that everything runs on, by Step.
+	Clock Kind = "clock"
+)
+
+// Fault is one thing that goes wrong, At after the begin of its round and For so long.
+type Fault struct {
+	At     time.Duration `json:"at"`
+	For    time.Duration `json:"for"`
+	Kind   Kind          `json:"kind"`
+	Target string        `json:"target"`
+	Peer   string        `json:"peer,omitempty"`
+	Step   time.Duration `json:"step,omitempty"`
+}
+
+// Verb is what is done with the sandbox of a slot. A slot that has none gets one instead.
+type Verb string
+
+// The verbs.
+const (
+	// Write has a command append a number to a file, Read reads the file.
+	Write Verb = "write"
+	Read  Verb = "read"
+	// Toggle pauses a sandbox that runs, and resumes one that is paused.
+	Toggle Verb = "toggle"
+	End    Verb = "kill"
+	// Create is what is done to an empty slot; it is in no plan.
+	Create Verb = "create"
+)
+
+// Operation is one thing that a client does, At after the begin of its round. Those of a slot are done one after the other.
+type Operation struct {
+	At   time.Duration `json:"at"`
+	Slot int           `json:"slot"`
+	Verb Verb          `json:"verb"`
+}
+
+// Round is a time of faults and load. After it everything is healed and checked.
+type Round struct {
+	Faults []Fault
+	// Load holds the operations of each slot in order of time.
+	Load [][]Operation
+}
+
+// Setup is what a plan is for.
+type Setup struct {
+	// Total is how long the run should take, in rounds of RoundTime.
+	Total time.Duration
+	Nodes int
+	Slots int
+	// Clock has the machine's clock set, too.
+	Clock bool
+}
+
+const (
+	// RoundTime is how long a round takes: ActiveTime of it things go wrong, the rest is for healing.
+	RoundTime  = 30 * time.Second
+	ActiveTime = 20 * time.Second
+	// lanes is how many faults there may be at once, beside drains.
+	lanes = 2
+)
+
+// card is a kind of fault at a kind of machine; of one that says peer, the other end is another machine.
+type card struct {
+	kind         Kind
+	target, peer string
+}
+
+func deck(clock bool) []card {
+	cards := []card{
+		{Kill, "node", ""}, {Kill, "node", ""}, {Kill, "server", ""}, {Kill, "proxy", ""}, {Power, "node", ""},
+		{Halt, "node", ""}, {Halt, "server", ""}, {Freeze, "node", ""}, {Isolate, "node", ""}, {Isolate, "server", ""},
+		{Cut, "node", "server"}, {Cut, "node", "node"}, {Cut, "node", "proxy"}, {Deaf, "node", "server"}, {Deaf, "server", "node"},
+		{Fill, "node", ""}, {Fill, "server", ""},
+	}
+	if clock {
+		cards = append(cards, card{Clock, "clock", ""})
+	}
+	return cards
+}
+
+// planner deals faults: all of the deck before one comes again.
+type planner struct {
+	rng   *rand.Rand
+	setup Setup
+	rest  []card
+	// busy says until when a machine has a fault.
+	busy map[string]time.Duration
+}
+
+// Make returns the plan of a seed. The same seed and set-up give the same plan.
+func Make(seed uint64, s Setup) []Round {
+	p := &planner{rng: rand.New(rand.NewPCG(seed, 0)), setup: s} //nolint:gosec // it is to be repeatable
+	rounds := make([]Round, max(1, int(s.Total/RoundTime)))
+	for i := range rounds {
+		rounds[i] = Round{Faults: p.faults(), Load: p.load()}
+	}
+	return rounds
+}
+
+// between returns a time from a up to b.
+func (p *planner) between(a, b time.Duration) time.Duration {
+	return a + time.Duration(p.rng.Int64N(int64(b-a)/int64(time.Millisecond)))*time.Millisecond
+}
+
+// length is how long a fault lasts: some outlast the time after which a node is down.
+func (p *planner) length() time.Duration {
+	if p.rng.IntN(4) == 0 {
+		return p.between(5*time.Second, 9*time.Second)
+	}
+	return p.between(300*time.Millisecond, 4*time.Second)
+}
+
+func (p *planner) faults() []Fault {
+	p.busy = make(map[string]time.Duration)
+	var out []Fault
+	free := make([]time.Duration, lanes)
+	for {
+		lane := slices.Index(free, slices.Min(free))
+		f := p.deal(free[lane]+p.between(200*time.Millisecond, 1500*time.Millisecond), p.length())
+		if f.At+f.For > ActiveTime {
+			break
+		}
+		free[lane] = f.At + f.For
+		out = append(out, f)
+	}
+	for at := p.between(time.Second, 6*time.Second); at < ActiveTime-6*time.Second; at += p.between(7*time.Second, 14*time.Second) {
+		out = append(out, Fault{At: at, For: p.between(2*time.Second, 6*time.Second), Kind: Drain, Target: p.machine("node", "")})
+	}
+	slices.SortStableFunc(out, func(a, b Fault) int { return int(a.At - b.At) })
+	return out
+}
+
+// deal takes the next card whose machines have no other fault at the time.
+func (p *planner) deal(at, length time.Duration) Fault {
+	for {
+		if len(p.rest) == 0 {
+			p.rest = deck(p.setup.Clock)
+			p.rng.Shuffle(len(p.rest), func(i, j int) { p.rest[i], p.rest[j] = p.rest[j], p.rest[i] })
+		}
+		for i, c := range p.rest {
+			f := Fault{At: at, For: length, Kind: c.kind, Target: p.machine(c.target, "")}
+			if c.peer != "" {
+				f.Peer = p.machine(c.peer, f.Target)
+			}
+			if c.kind == Clock {
+				f.Step = p.between(5*time.Second, time.Minute) * time.Duration(1-2*p.rng.IntN(2))
+			}
+			if p.busy[f.Target] > at || p.busy[f.Peer] > at {
+				continue
+			}
+			p.busy[f.Target] = at + length
+			if f.Peer != "" {
+				p.busy[f.Peer] = at + length
+			}
+			p.rest = slices.Delete(p.rest, i, i+1)
+			return f
+		}
+		p.rest = nil // nothing of it fits now
+		at += 100 * time.Millisecond
+	}
+}
+
+// machine returns the name of a machine of a role that is not the other.
+func (p *planner) machine(role, other string) string {
+	switch role {
+	case "server", "clock":
+		return role
+	case "proxy":
+		return "proxy1"
+	}
+	for {
+		if name := nodeName(p.rng.IntN(p.setup.Nodes)); name != other {
+			return name
+		}
+	}
+}
+
+func nodeName(i int) string { return "node" + string(rune('1'+i)) }
+
+func (p *planner) load() [][]Operation {
+	out := make([][]Operation, p.setup.Slots)
+	for slot := range out {
+		for at := p.between(0, time.Second); at < ActiveTime; at += p.between(200*time.Millisecond, 1600*time.Millisecond) {
+			out[slot] = append(out[slot], Operation{At: at, Slot: slot, Verb: p.verb()})
+		}
+	}
+	return out
+}
+
+func (p *planner) verb() Verb {
+	switch n := p.rng.IntN(100); {
+	case n < 35:
+		return Write
+	case n < 55:
+		return Read
+	case n < 88:
+		return Toggle
+	}
+	return End
+}
