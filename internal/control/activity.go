@@ -3,6 +3,7 @@ package control
 import (
 	"context"
 	"maps"
+	"slices"
 	"sync"
 	"time"
 
@@ -155,14 +156,22 @@ func (a *activity) of(id sandbox.ID, now time.Time) (open int, last time.Time, c
 	return open, last, complete
 }
 
-// prune forgets proxies that are there no more, and the use of sandboxes that are not known any more.
-func (a *activity) prune(now time.Time, known func(sandbox.ID) bool) {
+// prune forgets proxies that are there no more, and the use of sandboxes that are not known any more. It returns what the
+// forgotten proxies have reported.
+func (a *activity) prune(now time.Time, known func(sandbox.ID) bool) (past []sandbox.Activity) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	maps.DeleteFunc(a.proxies, func(_ string, p *proxyUse) bool { return !p.there && now.Sub(p.heard) > reportWithin })
+	maps.DeleteFunc(a.proxies, func(_ string, p *proxyUse) bool {
+		if p.there || now.Sub(p.heard) <= reportWithin {
+			return false
+		}
+		past = slices.AppendSeq(past, maps.Values(p.uses))
+		return true
+	})
 	for _, p := range a.proxies {
 		maps.DeleteFunc(p.uses, func(id sandbox.ID, u sandbox.Activity) bool { return u.Open == 0 && !known(id) })
 	}
+	return past
 }
 
 // Activity returns how many requests to a sandbox are open and when it was last used, through whichever proxy. complete
@@ -201,6 +210,7 @@ func (c *Control) RunProxy(ctx context.Context, p LocalProxy) error {
 		case <-ctx.Done():
 			return nil
 		case <-tick.C:
+		case <-c.ends.ask: // somebody must know now
 		}
 	}
 }

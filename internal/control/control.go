@@ -187,6 +187,7 @@ type Control struct {
 	whole    wholeTables
 	wakes    *wakes
 	activity *activity
+	ends     *endings
 	// attendance is which proxies there are, presences where that is kept.
 	attendance *attendance
 	presences  presences
@@ -236,6 +237,7 @@ func New(ctx context.Context, cfg Config) (*Control, error) {
 		uploads: newUploads(cfg.UploadDir, limits.MaxUpload, limits.MaxUploads),
 		finder:  newFinder(),
 		routes:  newRouteLog(), wakes: newWakes(), activity: newActivity(time.Now(), cfg.Presences == nil),
+		ends:       newEndings(),
 		attendance: newAttendance(), presences: cfg.Presences,
 		sweeps:  make(chan roll, maxSweeps),
 		lookups: rate.NewLimiter(200, 200),
@@ -276,7 +278,7 @@ func (c *Control) Run(ctx context.Context) error {
 			case now := <-tick.C:
 				c.index.prune(now)
 				c.whole.prune()
-				c.activity.prune(now, c.index.has)
+				c.ends.keep(c.activity.prune(now, c.index.has), c.index.has)
 			}
 		}
 	})

@@ -19,6 +19,7 @@ func (c *Control) Get(ctx context.Context, id sandbox.ID) (sandbox.Sandbox, erro
 	if box.State == sandbox.StateDeleted {
 		return sandbox.Sandbox{}, gone(box)
 	}
+	c.slide(&box, time.Now())
 	return box, nil
 }
 

@@ -20,7 +20,8 @@ const stretch = 4096
 type index struct {
 	endedFor time.Duration
 	endedMax int
-	routes   *routeLog // is told of every change
+	routes   *routeLog              // is told of every change
+	observe  func(*sandbox.Sandbox) // likewise; nil: nobody. It is called under mu, which guards it
 
 	mu     sync.RWMutex
 	byID   map[sandbox.ID]*entry
@@ -52,6 +53,14 @@ func (x *index) get(id sandbox.ID) (sandbox.Sandbox, bool) {
 		return sandbox.Sandbox{}, false
 	}
 	return e.box, true
+}
+
+// madeUnder reports whether a node said of a sandbox, under a registration, that it has it.
+func (x *index) madeUnder(id sandbox.ID, node sandbox.NodeID, epoch int64) bool {
+	x.mu.RLock()
+	defer x.mu.RUnlock()
+	e, ok := x.byID[id]
+	return ok && e.box.NodeID == node && e.epoch == epoch && !e.box.State.Ended()
 }
 
 // has reports whether anything is known of a sandbox.
@@ -120,6 +129,9 @@ func (x *index) replace(e *entry, now time.Time) {
 	old := x.byID[e.box.ID]
 	x.byID[e.box.ID] = e
 	x.routes.changed(old, e)
+	if x.observe != nil {
+		x.observe(&e.box)
+	}
 	if e.box.State == sandbox.StatePaused {
 		x.paused[e.box.ID] = struct{}{}
 	} else {

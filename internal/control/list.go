@@ -75,6 +75,10 @@ func (c *Control) List(ctx context.Context, q ListQuery) (Page, error) {
 		page.Sandboxes = append(page.Sandboxes, e.box)
 		return true
 	})
+	now := time.Now()
+	for i := range page.Sandboxes {
+		c.slide(&page.Sandboxes[i], now)
+	}
 	page.Running = c.countRunning(match)
 	return page, nil
 }

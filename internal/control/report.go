@@ -91,6 +91,10 @@ func (c *Control) Report(ctx context.Context, req *nodev1.ReportRequest) (*nodev
 	if req.GetFull() {
 		c.fleet.toldAll(node)
 		c.strays.onlyNamed(node, named)
+		c.noted.deprive(node, func(id sandbox.ID) bool {
+			_, ok := named[id]
+			return ok || c.index.madeUnder(id, node, req.GetEpoch())
+		})
 		events = append(events, c.markMissing(node, req.GetEpoch(), named, now)...)
 	}
 	if len(events) > 0 {
@@ -98,7 +102,10 @@ func (c *Control) Report(ctx context.Context, req *nodev1.ReportRequest) (*nodev
 			return nil, toNode(sandbox.Unavailablef("keep %d events: %v", len(events), err))
 		}
 	}
-	return &nodev1.ReportResponse{AcknowledgedSequence: c.fleet.acknowledge(node, last), Cordoned: c.fleet.open(node) != nil}, nil
+	c.ends.busy(node, req.GetBusy(), now)
+	return &nodev1.ReportResponse{
+		AcknowledgedSequence: c.fleet.acknowledge(node, last), Cordoned: c.fleet.open(node) != nil, Decides: c.decides(),
+	}, nil
 }
 
 // take takes what a node says of one sandbox. A copy that does not count, because the sandbox is elsewhere, has not
@@ -128,12 +135,13 @@ func (c *Control) take(change string, e *entry, now time.Time) {
 const lostReason = "its node does not have it any more"
 
 // markMissing marks as lost what a node does not name in its full report. What was created there under the present
-// registration is left out: the report may have been written before.
+// registration is left out: the report may have been written before. So is what is brought back from a replica.
 func (c *Control) markMissing(node sandbox.NodeID, epoch int64, named map[sandbox.ID]struct{}, now time.Time) []Event {
 	var missing []sandbox.ID
 	first, _ := ends()
 	c.index.scan(false, first, func(e *entry) bool {
-		if _, ok := named[e.box.ID]; !ok && e.box.NodeID == node && (!e.box.State.Ended() || lostThere(e)) && e.epoch != epoch {
+		if _, ok := named[e.box.ID]; !ok && e.box.NodeID == node && (!e.box.State.Ended() || lostThere(e)) && e.epoch != epoch &&
+			!c.noted.isBereft(e.box.ID) {
 			missing = append(missing, e.box.ID)
 		}
 		return true

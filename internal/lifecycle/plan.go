@@ -1,6 +1,7 @@
 package lifecycle
 
 import (
+	"fmt"
 	"time"
 
 	"github.com/cloister-dev/cloister/internal/sandbox"
@@ -46,6 +47,8 @@ type Verdict struct {
 	Kind       Kind
 	// At is when to look again, for Wait.
 	At time.Time
+	// Forced means that it does not matter whether somebody uses it.
+	Forced bool
 	// Reason is for people.
 	Reason string
 }
@@ -99,7 +102,7 @@ func (p Policy) decide(now time.Time, it *Item) Verdict {
 	case s.AutoPause:
 		p.fixedPause(now, it, &v)
 	default:
-		v.Kind, v.Reason = Kill, "its timeout has passed"
+		v.Kind, v.Forced, v.Reason = Kill, true, fixedReason
 	}
 	return v
 }
@@ -115,9 +118,9 @@ func (p Policy) idle(now time.Time, it *Item, v *Verdict) {
 	case !a.Complete:
 		v.Kind, v.At, v.Reason = Wait, now.Add(p.Recheck), "not every proxy has said whether it is in use"
 	case it.Sandbox.AutoPause:
-		v.Kind, v.Reason = Pause, "it was idle for its timeout"
+		v.Kind, v.Reason = Pause, fmt.Sprintf("idle for %s", it.Sandbox.Timeout)
 	default:
-		v.Kind, v.Reason = Kill, "it was idle for its timeout"
+		v.Kind, v.Reason = Kill, fmt.Sprintf("idle for %s", it.Sandbox.Timeout)
 	}
 }
 
@@ -128,8 +131,11 @@ func (p Policy) fixedPause(now time.Time, it *Item, v *Verdict) {
 		v.Kind, v.At, v.Reason = Wait, earlier(last, now.Add(p.Recheck)), "a request may be open"
 		return
 	}
-	v.Kind, v.Reason = Pause, "its timeout has passed"
+	v.Kind, v.Forced, v.Reason = Pause, !now.Before(last), fixedReason
 }
+
+// fixedReason is why a sandbox ends at a fixed time, in the words that nodes use too.
+const fixedReason = "timeout"
 
 func earlier(a, b time.Time) time.Time {
 	if a.Before(b) {
@@ -141,11 +147,5 @@ func earlier(a, b time.Time) time.Time {
 // End returns when a running sandbox's time comes, as far as is known: its fixed end or, where the timeout counts from the
 // last use, the timeout after that, whichever is later. Zero means never.
 func End(s *sandbox.Sandbox, a Activity) time.Time {
-	if s.EndAt.IsZero() || !s.IdleTimeout || a.Last.IsZero() {
-		return s.EndAt
-	}
-	if slid := a.Last.Add(s.Timeout); slid.After(s.EndAt) {
-		return slid
-	}
-	return s.EndAt
+	return s.EndAfter(a.Last)
 }

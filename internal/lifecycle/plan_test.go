@@ -27,13 +27,13 @@ func TestPlan(t *testing.T) {
 		want Verdict
 	}{
 		{"not yet", Item{Sandbox: box(time.Second, nil), Activity: calm, Known: true}, Verdict{Kind: Wait, At: now.Add(time.Second)}},
-		{"passed", Item{Sandbox: box(0, nil), Activity: Activity{Open: 3}, Known: true}, Verdict{Kind: Kill}},
+		{"passed", Item{Sandbox: box(0, nil), Activity: Activity{Open: 3}, Known: true}, Verdict{Kind: Kill, Forced: true}},
 		{"never", Item{Sandbox: box(0, func(s *sandbox.Sandbox) { s.EndAt = time.Time{} }), Known: true}, Verdict{Kind: Nothing}},
 		{"paused", Item{Sandbox: box(0, func(s *sandbox.Sandbox) { s.State = sandbox.StatePaused }), Known: true}, Verdict{Kind: Nothing}},
 		{"node not heard", Item{Sandbox: box(0, nil), Activity: calm}, Verdict{Kind: Wait, At: now.Add(time.Second)}},
 		{"pause", Item{Sandbox: box(0, pauses), Activity: calm, Known: true}, Verdict{Kind: Pause}},
 		{"pause in use", Item{Sandbox: box(0, pauses), Activity: Activity{Open: 1, Complete: true}, Known: true}, Verdict{Kind: Wait, At: now.Add(time.Second)}},
-		{"pause, grace over", Item{Sandbox: box(-5*time.Second, pauses), Activity: Activity{Open: 1}, Known: true}, Verdict{Kind: Pause}},
+		{"pause, grace over", Item{Sandbox: box(-5*time.Second, pauses), Activity: Activity{Open: 1}, Known: true}, Verdict{Kind: Pause, Forced: true}},
 		{"idle in use", Item{Sandbox: box(-time.Hour, idle), Activity: Activity{Open: 1, Complete: true}, Known: true}, Verdict{Kind: Wait, At: now.Add(time.Second)}},
 		{"idle at work", Item{Sandbox: box(-time.Hour, idle), Activity: Activity{Busy: true, Complete: true}, Known: true}, Verdict{Kind: Wait, At: now.Add(time.Second)}},
 		{"idle, proxy silent", Item{Sandbox: box(-time.Hour, idle), Known: true}, Verdict{Kind: Wait, At: now.Add(time.Second)}},

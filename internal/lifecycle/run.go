@@ -21,7 +21,7 @@ const (
 	// fullNode is the wait where a node has its share.
 	fullNode = 50 * time.Millisecond
 	// defaultAtOnce is how many decisions are carried out at the same time.
-	defaultAtOnce = 64
+	defaultAtOnce = 512
 	// idleTick bounds how long the loop sleeps, so that a clock that was set does not stop it.
 	idleTick = 10 * time.Second
 	// actTimeout bounds one decision's carrying out.
@@ -30,13 +30,13 @@ const (
 	maxBackoff = 30 * time.Second
 )
 
-// cluster is what is known, and who carries decisions out. Commands name the generation that was decided about; another
-// one is ErrConflict.
+// cluster is what is known, and who carries decisions out. A decision about another generation than the sandbox has, or about
+// one that is used after all, is ErrConflict.
 type cluster interface {
 	// Item returns what is known of a sandbox now; false where it is not, or has ended.
 	Item(id sandbox.ID) (Item, bool)
-	Kill(ctx context.Context, id sandbox.ID, generation int64, reason string) error
-	Pause(ctx context.Context, id sandbox.ID, generation int64) error
+	Kill(ctx context.Context, v Verdict) error
+	Pause(ctx context.Context, v Verdict) error
 }
 
 // Config is what a Loop is made of. Cluster and Log are required.
@@ -44,7 +44,7 @@ type Config struct {
 	Cluster cluster
 	Log     *slog.Logger
 	Policy  Policy
-	// AtOnce is how many decisions are carried out at the same time; 64 by default, so that creates are not starved.
+	// AtOnce is how many decisions are carried out at the same time; 512 by default. A node has at most a quarter of them.
 	AtOnce int
 }
 
@@ -60,6 +60,9 @@ type Loop struct {
 	queue *queue
 	// acting counts what is being carried out, by node.
 	acting map[sandbox.NodeID]int
+	// inHand are the sandboxes with something being carried out, with the news that came meanwhile: when to look again, or
+	// zero for never.
+	inHand map[sandbox.ID]time.Time
 
 	stats Stats
 }
@@ -67,9 +70,16 @@ type Loop struct {
 // Stats counts what a Loop has done.
 type Stats struct {
 	Killed, Paused, Refused, Failed atomic.Int64
-	// LastLag is by how much the newest decision was late, in nanoseconds; LastRun when the loop last looked, in Unix
-	// nanoseconds.
-	LastLag, LastRun atomic.Int64
+	// LastRun is when the loop last looked, in Unix nanoseconds.
+	LastRun atomic.Int64
+	// Lag is told by how much each decision was late when it was first made; nil tells nobody. It is set before Lead.
+	Lag func(time.Duration)
+}
+
+func (s *Stats) decided(lag time.Duration) {
+	if s.Lag != nil {
+		s.Lag(lag)
+	}
 }
 
 // New returns a Loop that decides nothing before Lead.
@@ -80,6 +90,7 @@ func New(cfg Config) *Loop {
 	return &Loop{
 		cluster: cfg.Cluster, log: cfg.Log, policy: cfg.Policy.WithDefaults(), atOnce: cfg.AtOnce,
 		wake: make(chan struct{}, 1), queue: newQueue(), acting: make(map[sandbox.NodeID]int),
+		inHand: make(map[sandbox.ID]time.Time),
 	}
 }
 
@@ -95,24 +106,30 @@ func (l *Loop) Waiting() int {
 
 // Observe takes news about a sandbox. It costs little, and is right at any time, leading or not.
 func (l *Loop) Observe(s *sandbox.Sandbox) {
+	due := s.EndAt
+	if s.State != sandbox.StateRunning {
+		due = time.Time{}
+	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if s.State != sandbox.StateRunning || s.EndAt.IsZero() {
-		l.queue.drop(s.ID)
+	if _, ok := l.inHand[s.ID]; ok {
+		l.inHand[s.ID] = due
+		return
+	}
+	l.expectLocked(s.ID, due)
+}
+
+// expectLocked has a sandbox looked at when its end comes; zero means never.
+func (l *Loop) expectLocked(id sandbox.ID, due time.Time) {
+	if due.IsZero() {
+		l.queue.drop(id)
 		return
 	}
 	before, had := l.queue.next()
-	l.queue.set(s.ID, s.EndAt)
-	if !had || s.EndAt.Before(before) {
+	l.queue.set(id, due)
+	if !had || due.Before(before) {
 		signal(l.wake)
 	}
-}
-
-// Forget drops a sandbox of which nothing is known any more.
-func (l *Loop) Forget(id sandbox.ID) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.queue.drop(id)
 }
 
 func signal(c chan struct{}) {
@@ -189,19 +206,30 @@ func (l *Loop) dispatch(ctx context.Context, g *errgroup.Group, it *Item, v Verd
 	full := l.acting[node] >= max(1, l.atOnce/share)
 	if !full {
 		l.acting[node]++
+		l.inHand[v.ID] = time.Time{}
+		l.queue.drop(v.ID)
 	}
 	l.mu.Unlock()
 	if full {
 		l.again(v.ID, now.Add(fullNode), tries)
 		return
 	}
-	l.stats.LastLag.Store(int64(now.Sub(End(&it.Sandbox, it.Activity))))
+	if tries == 0 {
+		l.stats.decided(now.Sub(End(&it.Sandbox, it.Activity)))
+	}
 	g.Go(func() error {
-		l.act(ctx, v, tries)
+		retry := l.act(ctx, v, tries)
 		l.mu.Lock()
 		defer l.mu.Unlock()
 		if l.acting[node]--; l.acting[node] == 0 {
 			delete(l.acting, node)
+		}
+		news := l.inHand[v.ID]
+		delete(l.inHand, v.ID)
+		if retry > 0 {
+			l.againLocked(v.ID, time.Now().Add(retry), tries+1)
+		} else {
+			l.expectLocked(v.ID, news)
 		}
 		return nil
 	})
@@ -211,23 +239,27 @@ func (l *Loop) dispatch(ctx context.Context, g *errgroup.Group, it *Item, v Verd
 func (l *Loop) again(id sandbox.ID, at time.Time, tries int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.queue.at[id] != nil {
-		return
+	if l.queue.at[id] == nil {
+		l.againLocked(id, at, tries)
 	}
+}
+
+func (l *Loop) againLocked(id sandbox.ID, at time.Time, tries int) {
 	l.queue.set(id, at)
 	l.queue.at[id].tries = tries
 	signal(l.wake)
 }
 
-// act carries a decision out. One that the node refuses as stale, or that could not be carried out, is made anew.
-func (l *Loop) act(ctx context.Context, v Verdict, tries int) {
+// act carries a decision out. One that is refused, or that could not be carried out, is made anew after the time that is
+// returned.
+func (l *Loop) act(ctx context.Context, v Verdict, tries int) (retry time.Duration) {
 	ctx, cancel := context.WithTimeout(ctx, actTimeout)
 	defer cancel()
 	var err error
 	if v.Kind == Kill {
-		err = l.cluster.Kill(ctx, v.ID, v.Generation, v.Reason)
+		err = l.cluster.Kill(ctx, v)
 	} else {
-		err = l.cluster.Pause(ctx, v.ID, v.Generation)
+		err = l.cluster.Pause(ctx, v)
 	}
 	switch {
 	case err == nil && v.Kind == Kill:
@@ -237,14 +269,14 @@ func (l *Loop) act(ctx context.Context, v Verdict, tries int) {
 	case errors.Is(err, sandbox.ErrNotFound):
 	case errors.Is(err, sandbox.ErrConflict):
 		l.stats.Refused.Add(1)
-		l.again(v.ID, time.Now().Add(backoff(tries)), tries+1)
+		return backoff(tries)
 	default:
 		l.stats.Failed.Add(1)
-		wait := backoff(tries)
+		retry = backoff(tries)
 		l.log.LogAttrs(ctx, slog.LevelWarn, "sandbox's end not carried out, trying again", slog.String("op", string(v.Kind)),
-			slog.String("sandbox_id", string(v.ID)), slog.Duration("in", wait), slog.Any("err", err))
-		l.again(v.ID, time.Now().Add(wait), tries+1)
+			slog.String("sandbox_id", string(v.ID)), slog.Duration("in", retry), slog.Any("err", err))
 	}
+	return retry
 }
 
 // backoff is the wait before try number tries+2: 100 ms, doubled each time, at most 30 s.

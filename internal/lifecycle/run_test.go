@@ -45,18 +45,14 @@ func (w *world) Item(id sandbox.ID) (Item, bool) {
 	return Item{Sandbox: s, Activity: w.use[id], Known: !w.deaf[s.NodeID]}, ok
 }
 
-func (w *world) Kill(ctx context.Context, id sandbox.ID, generation int64, _ string) error {
-	return w.act(ctx, id, generation, false)
-}
-
-func (w *world) Pause(ctx context.Context, id sandbox.ID, generation int64) error {
-	return w.act(ctx, id, generation, true)
-}
+func (w *world) Kill(_ context.Context, v Verdict) error  { return w.act(v, false) }
+func (w *world) Pause(_ context.Context, v Verdict) error { return w.act(v, true) }
 
 // act is the owning node: it refuses what is stale, and says what should never have been decided.
-func (w *world) act(_ context.Context, id sandbox.ID, generation int64, pause bool) error {
+func (w *world) act(v Verdict, pause bool) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	id, generation := v.ID, v.Generation
 	s := w.truth[id]
 	switch {
 	case s == nil:
@@ -73,7 +69,7 @@ func (w *world) act(_ context.Context, id sandbox.ID, generation int64, pause bo
 		w.tb.Errorf("%s: a second decision in state %s", id, s.State)
 	case now.Before(End(s, a)):
 		w.tb.Errorf("%s: ended %s early", id, End(s, a).Sub(now))
-	case s.IdleTimeout && a.Open > 0:
+	case s.IdleTimeout && (a.Open > 0 || v.Forced):
 		w.tb.Errorf("%s: ended in use", id)
 	case pause != s.AutoPause:
 		w.tb.Errorf("%s: pause is %t, want %t", id, pause, s.AutoPause)

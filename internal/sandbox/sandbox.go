@@ -35,7 +35,8 @@ type Sandbox struct {
 	// TemplateName is the name by which the template was asked for.
 	TemplateName string `json:"template_name,omitempty"`
 	State        State  `json:"state"`
-	// Reason says why the state is what it is; set for failed, lost and deleted.
+	// Reason says why the state is what it is; set for failed, lost and deleted, and for paused where its end paused it, not
+	// somebody.
 	Reason string `json:"reason,omitempty"`
 	// Generation grows by one with each change of state or setting. A command or report with a lower one is stale.
 	Generation int64             `json:"generation"`
@@ -70,6 +71,18 @@ type Sandbox struct {
 	AutoResume  bool          `json:"auto_resume,omitempty"`
 	Timeout     time.Duration `json:"timeout,omitempty"`
 	IdleTimeout bool          `json:"idle_timeout,omitempty"`
+}
+
+// EndAfter returns when the end of a sandbox comes that was last used at the given time: as it is set or, where it counts from
+// the last use, Timeout after that if that is later. Zero means never.
+func (b *Sandbox) EndAfter(used time.Time) time.Time {
+	if b.EndAt.IsZero() || !b.IdleTimeout || used.IsZero() {
+		return b.EndAt
+	}
+	if slid := used.Add(b.Timeout); slid.After(b.EndAt) {
+		return slid
+	}
+	return b.EndAt
 }
 
 // NodeState is what the cluster may ask of a node.
