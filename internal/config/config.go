@@ -83,6 +83,10 @@ type Config struct {
 	NodeHeartbeat            time.Duration `name:"node-heartbeat" help:"longest time between two reports of a node; after 3 missed ones it is suspect and gets no new sandboxes"`
 	NodeDownAfter            time.Duration `name:"node-down-after" help:"silence after which a node is down"`
 
+	LifecyclePauseGrace time.Duration `name:"lifecycle-pause-grace" group:"Lifecycle" help:"how long requests that are open when a sandbox's timeout comes may go on before it is paused"`
+	LifecycleRecheck    time.Duration `name:"lifecycle-recheck" help:"how soon a sandbox is looked at again that is in use beyond its timeout, or of which a proxy or a node could know more"`
+	IdleCPU             float64       `name:"idle-cpu" help:"percent of a core from which on a sandbox whose timeout counts from its last use is in use though nobody talks to it; 0 leaves the processor out"`
+
 	NetworkRange string   `name:"network-range" group:"Network" help:"private IPv4 range (/12 to /24) of sandbox addresses; two per sandbox"`
 	NetworkDeny  []string `name:"network-deny" help:"IPv4 ranges that no sandbox may reach, beside loopback, link-local and the clouds' metadata services; empty opens the networks around the machine; the resolvers stay reachable"`
 	Resolvers    []string `name:"resolvers" help:"IPv4 addresses of the name servers that sandboxes use; default: the machine's"`
@@ -118,11 +122,12 @@ func Default() *Config {
 		ClusterAddr: ":3003", NodeAddr: ":3004", CertificateLife: 24 * time.Hour, SnapshotReplicas: 2, TemplatePlacement: PlaceOnDemand,
 		S3Region:        "us-east-1",
 		DefaultTemplate: "base", BaseSources: []string{"e2bdev/base:latest", "debian:bookworm"}, RegistryTimeout: 5 * time.Second,
-		SandboxCPU: 2, SandboxMemory: 512 << 20, SandboxDisk: 10 << 30, MaxTimeout: 24 * time.Hour,
+		SandboxCPU: 2, SandboxMemory: 512 << 20, SandboxDisk: 10 << 30, MaxTimeout: 24 * time.Hour, IdleCPU: 10,
 		PoolMin: 4, PoolMax: 32, MaxSandboxes: 2000, ReservedMemory: 1 << 30, ReservedDisk: 2 << 30,
 		OvercommitCPU: 200, OvercommitMemory: 4, OvercommitDisk: 40,
 		SchedulerStrategy: "spread", SchedulerSample: 8, SchedulerPrioritySelect: 1, SchedulerLeastSelect: "random",
 		SchedulerMaxCreating: 1000, SchedulerMaxFailures: 5, SchedulerFailureHalfLife: 30 * time.Second,
+		LifecyclePauseGrace: 5 * time.Second, LifecycleRecheck: time.Second,
 		NodeHeartbeat: 2 * time.Second, NodeDownAfter: 15 * time.Second,
 		NetworkRange: "10.231.0.0/16", NetworkDeny: []string{"10.0.0.0/8", "100.64.0.0/10", "172.16.0.0/12", "192.168.0.0/16"},
 		LogLevel: "info", LogFormat: "auto", ShutdownGrace: 10 * time.Second,

@@ -201,7 +201,7 @@ func (d *daemon) agentConfig(capacity sandbox.Resources) agent.Config {
 		Capacity: capacity, ScratchDir: d.path("node", "scratch"), Resolvers: resolvers(d.cfg),
 		FilesDir:    d.path("node", "files"),
 		MaxStarting: d.cfg.StartsAtOnce, WarmMin: d.cfg.PoolMin, WarmMax: poolMax,
-		ReportInterval: d.cfg.NodeHeartbeat,
+		ReportInterval: d.cfg.NodeHeartbeat, IdleCPUPercent: d.cfg.IdleCPU,
 	}
 }
 

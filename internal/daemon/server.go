@@ -19,6 +19,7 @@ type serverRole struct {
 	history *history.History
 	control *control.Control
 	fleet   *fleet
+	leader  *leader
 }
 
 func (d *daemon) buildServer(ctx context.Context) error {
@@ -65,7 +66,9 @@ func (d *daemon) buildServer(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("build server: %w", err)
 	}
-	d.server = &serverRole{store: st, history: hist, control: ctl, fleet: fleet}
+	d.server = &serverRole{
+		store: st, history: hist, control: ctl, fleet: fleet, leader: newLeader(d.cfg, st, ctl, d.log, d.metrics),
+	}
 	return nil
 }
 
@@ -81,6 +84,7 @@ func (s *serverRole) start(ctx context.Context, loops *errgroup.Group) {
 	loops.Go(func() error { return s.store.Run(ctx) })
 	loops.Go(func() error { return s.history.Run(ctx) })
 	loops.Go(func() error { return s.control.Run(ctx) })
+	s.leader.start(ctx, loops)
 }
 
 // keyring makes and finds API keys in the store.
