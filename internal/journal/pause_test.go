@@ -85,6 +85,29 @@ func TestPausedOnesHoldTheirCheckpoint(t *testing.T) {
 	}
 }
 
+// A paused sandbox that ends takes no more of the machine than it did, whoever has the rest meanwhile.
+func TestPausedOnesEndWhereNothingIsFree(t *testing.T) {
+	for _, end := range []sandbox.State{sandbox.StatePaused, sandbox.StateMigrating} {
+		j := openAt(t, filepath.Join(t.TempDir(), "journal.db"), Options{Capacity: small(), MaxSandboxes: 1})
+		r := run(t, j)
+		r = put(t, j, r.next(sandbox.StatePausing))
+		r = put(t, j, r.next(sandbox.StatePaused))
+		if end != r.State {
+			r = put(t, j, r.next(end))
+		}
+		run(t, j)
+		r = put(t, j, r.next(sandbox.StateStopping))
+		if l := j.Ledger(); !l.Allocated.Resources.Fits(l.Capacity) || l.Allocated.Sandboxes != 1 {
+			t.Errorf("%s, then stopping: %+v allocated of %+v", end, l.Allocated, l.Capacity)
+		}
+		put(t, j, r.next(sandbox.StateStopping))
+		put(t, j, r.next(sandbox.StateDeleted))
+		if l := j.Ledger(); l.Allocated.Resources != small() || l.Paused != 0 {
+			t.Errorf("%s, then deleted: %+v", end, l)
+		}
+	}
+}
+
 func TestRewind(t *testing.T) {
 	ctx := t.Context()
 	j := open(t, times(small(), 1))

@@ -25,6 +25,8 @@ type Record struct {
 	Rewinding bool `json:"rewinding,omitempty"`
 	// Runs means that a migrating sandbox was running before: it is to run again where it arrives, or when it returns.
 	Runs bool `json:"runs,omitempty"`
+	// Rests means that a sandbox that is stopping was still before: it holds no more than it did then.
+	Rests bool `json:"rests,omitempty"`
 	// Guarded means that a paused sandbox can be brought back on another node: to run here, it needs the server's permit.
 	Guarded bool `json:"guarded,omitempty"`
 	// Deadline is when a pausing or resuming sandbox has to be something else, and when the server is reminded of a migrating
@@ -84,9 +86,19 @@ func (r *Record) Append(l Line) {
 	r.Lines = append(append(make([]Line, 0, len(r.Lines)+1-from), r.Lines[from:]...), l)
 }
 
-// Still reports whether a sandbox needs neither processor time nor memory: it is paused, or moves as a paused one.
+// Still reports whether a sandbox needs neither processor time nor memory: it is paused, moves as a paused one, or is ending
+// from there.
 func (r *Record) Still() bool {
-	return r.State == sandbox.StatePaused || r.State == sandbox.StateMigrating && !r.Runs
+	switch r.State { //nolint:exhaustive // all others run, or have ended
+	case sandbox.StatePaused:
+		return true
+	case sandbox.StateMigrating:
+		return !r.Runs
+	case sandbox.StateStopping:
+		return r.Rests
+	default:
+		return false
+	}
 }
 
 // Held returns what a sandbox takes of the machine: a still one no processor time and no memory, but its checkpoint's room on

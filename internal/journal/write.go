@@ -244,7 +244,7 @@ func (j *Journal) put(ctx context.Context, r Record, durable bool, changes []Cha
 		if err := follows(&old, &r); err != nil {
 			return err
 		}
-		r.Last = old.Last
+		r.Last, r.Rests = old.Last, r.State == sandbox.StateStopping && old.Still()
 		for _, c := range changes {
 			if r.Last, err = t.append(ctx, c); err != nil {
 				return err
