@@ -25,6 +25,8 @@ type Config struct {
 	Domain string
 	// MetricsPage serves GET /metrics to who has a key; nil leaves that out.
 	MetricsPage http.Handler
+	// Ready is what GET /readyz answers; nil means always.
+	Ready func() bool
 }
 
 // edge serves requests.
@@ -50,7 +52,10 @@ func New(cfg Config) http.Handler {
 }
 
 func routes(cfg Config) []exchange.Route {
-	all := []exchange.Route{{Method: "GET", Path: "/healthz", Handle: healthz, Public: true}}
+	all := []exchange.Route{
+		{Method: "GET", Path: "/healthz", Handle: healthz, Public: true},
+		{Method: "GET", Path: "/readyz", Handle: readyz(cfg.Ready), Public: true},
+	}
 	if page := cfg.MetricsPage; page != nil {
 		all = append(all, exchange.Route{Method: "GET", Path: "/metrics", Handle: func(w http.ResponseWriter, r *http.Request) error {
 			page.ServeHTTP(w, r)
@@ -64,6 +69,16 @@ func routes(cfg Config) []exchange.Route {
 // healthz says only that the process answers.
 func healthz(w http.ResponseWriter, _ *http.Request) error {
 	return exchange.Bytes(w, http.StatusOK, "text/plain; charset=utf-8", []byte("ok\n"))
+}
+
+// readyz says only whether the process should get requests.
+func readyz(ready func() bool) exchange.Handler {
+	return func(w http.ResponseWriter, r *http.Request) error {
+		if ready != nil && !ready() {
+			return exchange.Bytes(w, http.StatusServiceUnavailable, "text/plain; charset=utf-8", []byte("not ready\n"))
+		}
+		return healthz(w, r)
+	}
 }
 
 // ServeHTTP implements http.Handler.

@@ -18,6 +18,7 @@ func TestRoutes(t *testing.T) {
 	}{
 		{"GET", "/health", "", 200, "ok"},
 		{"GET", "/healthz", "", 200, "ok"},
+		{"GET", "/readyz", "", 200, "ok"},
 
 		{"POST", "/v2/sandboxes", `{"templateID":"base"}`, 201, `"envdVersion":"0.6.13"`},
 		{"POST", "/v2/sandboxes", `{"templateID":"base","timeout":60,"metadata":{"a":"b"},"envVars":{"A":"b"},"mcp":null,"network":{},"unknown":[1]}`, 201, `"domain":null`},

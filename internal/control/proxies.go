@@ -312,6 +312,32 @@ func (c *Control) ListProxies(ctx context.Context) ([]Proxy, error) {
 	}), nil
 }
 
+// RemoveProxy takes a proxy that has joined out of the cluster, by id or name. Errors: ErrNotFound.
+func (c *Control) RemoveProxy(ctx context.Context, idOrName string) error {
+	all, err := c.ListMembers(ctx)
+	if err != nil {
+		return err
+	}
+	for _, m := range all {
+		if m.Role == sandbox.RoleProxy && (m.ID == idOrName || m.Name == idOrName) {
+			return c.expel(ctx, m.Member)
+		}
+	}
+	return sandbox.NotFoundf("no proxy %.80q has joined: `cloister proxy ls` lists them", idOrName)
+}
+
+// dismiss takes the record of a proxy away that is no member any more.
+func (c *Control) dismiss(ctx context.Context, id string) {
+	c.activity.forget(id)
+	if c.presences == nil {
+		return
+	}
+	v := arrival{presence: store.Presence{Role: sandbox.RoleProxy, ID: id}, leaving: true, taken: make(chan struct{})}
+	if err := c.attendance.arrive(ctx, v); err != nil {
+		c.log.LogAttrs(ctx, slog.LevelWarn, "the record of a proxy that left stays until its lease ends", slog.String("proxy", id), errAttr(err))
+	}
+}
+
 // withUse adds what a proxy has said of itself.
 func (c *Control) withUse(p Proxy, id string, u *proxyUse, now time.Time, latest int64) Proxy {
 	p.HeardAt = u.heard

@@ -72,6 +72,8 @@ type daemon struct {
 	reload  func() (*config.Config, error)
 	begun   time.Time
 	ready   atomic.Bool
+	// ending means that no new requests are wanted.
+	ending  atomic.Bool
 	metrics *prometheus.Registry
 	held    *lock
 
@@ -165,8 +167,9 @@ func (d *daemon) serve(ctx context.Context) error {
 		stopLoops()
 		return errors.Join(err, loops.Wait())
 	}
-	frontCtx, stopFronts := context.WithCancel(ctx)
+	frontCtx, stopFronts := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopFronts()
+	defer context.AfterFunc(ctx, func() { d.depart(loopCtx); stopFronts() })()
 	fronts, frontCtx := errgroup.WithContext(frontCtx)
 	context.AfterFunc(loopCtx, stopFronts)
 	err := d.awaitNode(frontCtx)

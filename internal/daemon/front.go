@@ -47,7 +47,7 @@ func (d *daemon) buildFronts(ctx context.Context) error {
 		}
 	}
 	if d.cfg.DebugAddr != "" {
-		if err := d.open(ctx, "debug-addr", d.cfg.DebugAddr, telemetry.DebugHandler(d.metrics), nil); err != nil {
+		if err := d.open(ctx, "debug-addr", d.cfg.DebugAddr, d.withHealth(telemetry.DebugHandler(d.metrics)), nil); err != nil {
 			return err
 		}
 	}
@@ -79,8 +79,9 @@ func (d *daemon) openProxy(ctx context.Context, rest http.Handler, tlsConfig *tl
 // socketHandler is what the unix socket answers: whoever may open it is admin.
 func (d *daemon) socketHandler() http.Handler {
 	mux := http.NewServeMux()
-	mux.Handle("/", d.admin)
+	mux.Handle("/", d.withHealth(d.admin))
 	if d.member != nil {
+		mux.Handle("GET /metrics", telemetry.MetricsHandler(d.metrics))
 		mux.HandleFunc("POST "+leavePath, d.serveLeave)
 	}
 	if d.traffic != nil {
@@ -131,7 +132,7 @@ func hostname(host string) string {
 func (d *daemon) apiHandler() http.Handler {
 	return api.New(api.Config{
 		Control: d.server.control, Auth: keyring{d.server.store}, Log: d.log, Metrics: d.metrics, Domain: d.cfg.Domain,
-		MetricsPage: telemetry.MetricsHandler(d.metrics),
+		MetricsPage: telemetry.MetricsHandler(d.metrics), Ready: d.isReady,
 	})
 }
 

@@ -29,7 +29,7 @@ func (d *daemon) buildProxy(context.Context) error {
 	p := &proxyRole{}
 	cfg := proxy.Config{
 		Domain: d.cfg.Domain, PublicHosts: publicHosts(d.cfg), Logger: d.log, Registerer: d.metrics,
-		HTTP1: d.cfg.ProxyHTTP1,
+		HTTP1: d.cfg.ProxyHTTP1, Ready: d.isReady,
 	}
 	if d.cfg.OTLPEndpoint != "" {
 		cfg.HTTP1 = proxy.HTTP1Standard // the only one that traces requests
@@ -40,6 +40,7 @@ func (d *daemon) buildProxy(context.Context) error {
 	} else {
 		table, err := routes.New(routes.Config{
 			Server: proxyv1connect.NewRouteServiceClient(d.member.link.HTTPClient(), link.BaseURL), Logger: d.log, Registerer: d.metrics,
+			Self: func() routes.Self { return d.proxySelf(p.handler) },
 		})
 		if err != nil {
 			return fmt.Errorf("build routing table: %w", err)

@@ -124,6 +124,7 @@ func TestOpenAPIMatchesWireTypes(t *testing.T) {
 		client.TokenUse{},
 		client.CreateToken{},
 		client.ClusterMember{},
+		client.Proxy{},
 		client.Event{},
 	}
 	seen := map[string]bool{"CreatedKey": true, "CreatedToken": true} // Key and Token, with more

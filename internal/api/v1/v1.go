@@ -27,6 +27,8 @@ func Routes(c *control.Control) []exchange.Route {
 		{Method: "PATCH", Path: "/v1/nodes/{id}", Handle: s.updateNode},
 		{Method: "DELETE", Path: "/v1/nodes/{id}", Handle: s.removeNode},
 		{Method: "POST", Path: "/v1/nodes/{id}/drain", Handle: s.drainNode},
+		{Method: "GET", Path: "/v1/proxies", Handle: s.listProxies},
+		{Method: "DELETE", Path: "/v1/proxies/{id}", Handle: s.removeProxy},
 		{Method: "GET", Path: "/v1/scheduler", Handle: s.getScheduler},
 		{Method: "PUT", Path: "/v1/scheduler", Handle: s.setScheduler},
 		{Method: "DELETE", Path: "/v1/scheduler", Handle: s.resetScheduler},
