@@ -151,6 +151,8 @@ type createFlags struct {
 	noInternet    bool
 	autoPause     bool
 	autoPauseKind string
+	autoResume    bool
+	idle          bool
 }
 
 func (f *createFlags) add(c *cobra.Command, timeout time.Duration) {
@@ -164,6 +166,8 @@ func (f *createFlags) add(c *cobra.Command, timeout time.Duration) {
 	fl.StringVar(&f.disk, "disk", "", "disk, such as 20GiB; default: the template's")
 	fl.BoolVar(&f.noInternet, "no-internet", false, "let it open no connections to the outside")
 	fl.BoolVar(&f.autoPause, "auto-pause", false, "pause it at its timeout, in place of ending it")
+	fl.BoolVar(&f.autoResume, "auto-resume", false, "let a request to it make it run again while it is paused")
+	fl.BoolVar(&f.idle, "idle", false, "count the timeout from its last use: requests, commands, terminals, and what its processes compute")
 	fl.StringVar(&f.autoPauseKind, "auto-pause-keeps", keepMemory, "`what` that keeps: memory (and files) or files")
 }
 
@@ -200,6 +204,7 @@ func (f *createFlags) request() (client.CreateSandbox, error) {
 	if f.autoPause {
 		req.AutoPause, req.AutoPauseKind = true, f.autoPauseKind
 	}
+	req.AutoResume, req.IdleTimeout = f.autoResume, f.idle
 	if f.noInternet {
 		req.AllowInternet = new(bool)
 	}

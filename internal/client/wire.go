@@ -110,6 +110,9 @@ type Sandbox struct {
 	// AutoPause means that the timeout pauses the sandbox instead of ending it. "memory" or "files" is what that keeps.
 	AutoPause     bool   `json:"auto_pause,omitempty"`
 	AutoPauseKind string `json:"auto_pause_kind,omitempty"`
+	// AutoResume means that a request makes it run again while it is paused; IdleTimeout that EndAt moves with its use.
+	AutoResume  bool `json:"auto_resume,omitempty"`
+	IdleTimeout bool `json:"idle_timeout,omitempty"`
 	// PausedAt, PausedKind ("memory" or "files") and PausedBytes (on the disk) are set while it is paused.
 	PausedAt    time.Time `json:"paused_at,omitzero"`
 	PausedKind  string    `json:"paused_kind,omitempty"`
@@ -131,6 +134,9 @@ type CreateSandbox struct {
 	// AutoPause has the timeout pause the sandbox instead of ending it; AutoPauseKind is "memory" (default) or "files".
 	AutoPause     bool   `json:"auto_pause,omitempty"`
 	AutoPauseKind string `json:"auto_pause_kind,omitempty"`
+	// AutoResume has a request make it run again while it is paused. IdleTimeout has the timeout count from its last use.
+	AutoResume  bool `json:"auto_resume,omitempty"`
+	IdleTimeout bool `json:"idle_timeout,omitempty"`
 }
 
 // LogEntry is one line of GET /v1/sandboxes/{id}/logs or of a build's log.

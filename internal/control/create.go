@@ -34,6 +34,8 @@ type CreateRequest struct {
 	AutoPauseKind sandbox.CheckpointKind
 	// AutoResume has a request make the sandbox run again while it is paused.
 	AutoResume bool
+	// IdleTimeout has the timeout count from the sandbox's last use, not from when it was set. With Never it means nothing.
+	IdleTimeout bool
 	// IdempotencyKey makes a node answer a repeated request with the sandbox that it made before.
 	IdempotencyKey string
 }
@@ -117,6 +119,9 @@ func (c *Control) admit(req *CreateRequest) error {
 			return err
 		}
 	}
+	if req.AutoResume && req.AutoPause && req.AutoPauseKind == sandbox.CheckpointFiles {
+		return sandbox.Invalidf("a sandbox that its timeout pauses with its files alone cannot be resumed by requests: nothing runs in it that could answer them")
+	}
 	if len(req.IdempotencyKey) > maxNameLen {
 		return sandbox.Invalidf("idempotency key of %d bytes: want at most %d", len(req.IdempotencyKey), maxNameLen)
 	}
@@ -134,7 +139,7 @@ func (c *Control) createMessage(t sandbox.Template, b sandbox.Build, req CreateR
 		Resources: resourcesToWire(want), Metadata: req.Metadata, Env: req.Env, Timeout: timeoutToWire(req.Timeout),
 		Secure: req.Secure || b.Secure, AllowInternet: req.AllowInternet, IdempotencyKey: req.IdempotencyKey,
 		CustomSize: want != own, Guest: guestToWire(b.Guest), AutoPause: req.AutoPause,
-		AutoResume: req.AutoResume,
+		AutoResume: req.AutoResume, IdleTimeout: req.IdleTimeout,
 	}
 	if req.AutoPause {
 		kind, err := kindToWire(req.AutoPauseKind)

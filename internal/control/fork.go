@@ -80,6 +80,7 @@ func forkMessage(box sandbox.Sandbox, p *agentv1.Checkpoint, timeout time.Durati
 		TemplateId: string(box.TemplateID), TemplateName: box.TemplateName, ImageDigest: p.GetImageDigest(),
 		Resources: p.GetResources(), Metadata: box.Metadata, Timeout: timeoutToWire(timeout), Secure: box.Secure,
 		AllowInternet: box.AllowInternet, CustomSize: true, CheckpointId: p.GetId(), Guest: p.GetGuest(), AutoPause: box.AutoPause,
+		AutoResume: box.AutoResume, IdleTimeout: box.IdleTimeout,
 	}
 	if box.AutoPause && box.AutoPauseKind == sandbox.CheckpointFiles {
 		msg.AutoPauseKind = agentv1.CheckpointKind_CHECKPOINT_KIND_FILES

@@ -74,7 +74,7 @@ func (n *newSandbox) request(timeout int64, secure bool) (control.CreateRequest,
 	return control.CreateRequest{
 		Template: n.TemplateID, Metadata: n.Metadata, Env: n.EnvVars, Timeout: life,
 		Secure: secure || n.Secure, AllowInternet: internet, AutoPause: n.AutoPause, AutoPauseKind: kind(n.AutoPauseMemory),
-		AutoResume: n.AutoResume.Enabled,
+		AutoResume: n.AutoResume.Enabled, IdleTimeout: n.IdleTimeout,
 	}, nil
 }
 

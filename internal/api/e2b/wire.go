@@ -27,6 +27,8 @@ type newSandbox struct {
 	AutoResume          struct {
 		Enabled bool `json:"enabled"`
 	} `json:"autoResume"`
+	// IdleTimeout is not of the contract: the timeout counts from the sandbox's last use.
+	IdleTimeout  bool              `json:"idleTimeout"`
 	VolumeMounts []json.RawMessage `json:"volumeMounts"`
 	IAM          struct {
 		Tokens map[string]json.RawMessage `json:"tokens"`
@@ -95,6 +97,8 @@ type networkWire struct {
 type lifecycleWire struct {
 	OnTimeout  string `json:"onTimeout"`
 	AutoResume bool   `json:"autoResume"`
+	// IdleTimeout is not of the contract: EndAt moves with the sandbox's use.
+	IdleTimeout bool `json:"idleTimeout,omitempty"`
 }
 
 const mib = 1 << 20
@@ -164,7 +168,7 @@ func (s *server) detailToWire(b sandbox.Sandbox) detailWire {
 	w := detailWire{
 		listedWire: listedToWire(b), Reason: b.Reason, EnvdAccessToken: s.control.AccessToken(b), Domain: s.domain,
 		AllowInternetAccess: b.AllowInternet, Network: networkWire{AllowPublicTraffic: true},
-		Lifecycle: lifecycleWire{OnTimeout: "kill", AutoResume: b.AutoResume},
+		Lifecycle: lifecycleWire{OnTimeout: "kill", AutoResume: b.AutoResume, IdleTimeout: b.IdleTimeout},
 	}
 	if b.AutoPause {
 		w.Lifecycle.OnTimeout = "pause"

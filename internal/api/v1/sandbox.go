@@ -77,6 +77,7 @@ func (s *server) createSandbox(w http.ResponseWriter, r *http.Request) error {
 		Resources: sandbox.Resources(body.Resources), Secure: true,
 		AllowInternet: body.AllowInternet == nil || *body.AllowInternet, IdempotencyKey: r.Header.Get("Idempotency-Key"),
 		AutoPause: body.AutoPause, AutoPauseKind: sandbox.CheckpointKind(body.AutoPauseKind),
+		AutoResume: body.AutoResume, IdleTimeout: body.IdleTimeout,
 	})
 	if err != nil {
 		return err

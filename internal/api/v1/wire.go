@@ -43,7 +43,7 @@ func sandboxToWire(b sandbox.Sandbox) client.Sandbox {
 		ID: string(b.ID), NodeID: string(b.NodeID), TemplateID: string(b.TemplateID), Template: b.TemplateName,
 		State: string(b.State), Reason: b.Reason, Generation: b.Generation, Resources: resourcesToWire(b.Resources),
 		Metadata: b.Metadata, StartedAt: b.StartedAt, EndAt: b.EndAt, EndedAt: b.EndedAt, Secure: b.Secure,
-		AllowInternet: b.AllowInternet, AutoPause: b.AutoPause,
+		AllowInternet: b.AllowInternet, AutoPause: b.AutoPause, AutoResume: b.AutoResume, IdleTimeout: b.IdleTimeout,
 		PausedAt: b.PausedAt, PausedKind: string(b.PausedKind), PausedBytes: b.PausedBytes,
 	}
 	if b.AutoPause {
