@@ -38,7 +38,7 @@ func (f *forwarder) again(ctx context.Context, dest destination, u unanswered, r
 		return dest, false, overdue(dest.target, sandbox.StatePausing, u.err)
 	case !known && refused && ctx.Err() == nil:
 		return dest, true, nil // the node knew before the router, or has changed its mind
-	case !known, !awaited(route) && route.State != sandbox.StateRunning:
+	case !known, !awaited(route) && route.State != sandbox.StateRunning, !unsent && byHand(route):
 		return dest, false, nil
 	}
 	next := dest
@@ -48,6 +48,12 @@ func (f *forwarder) again(ctx context.Context, dest destination, u unanswered, r
 		return dest, false, nil // it was cut: diagnose says by what
 	}
 	return next, fail == nil, fail
+}
+
+// byHand reports whether somebody has a sandbox paused, in place of its end. A request that this cut is answered: sent again,
+// it would undo at once what was asked for. One that comes later is another matter.
+func byHand(r sandbox.Route) bool {
+	return (r.State == sandbox.StatePausing || r.State == sandbox.StatePaused) && r.Reason == ""
 }
 
 // patience is how long news of a sandbox is waited for after a request met u. A connection that its node did not close

@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"context"
 	"net/http"
 	"testing"
 
@@ -22,6 +23,36 @@ func TestPauseBeforeAnswer(t *testing.T) {
 			want := wireFailure{string(testID), "The sandbox was paused while the request was open", 0, http.StatusBadGateway}
 			if diff := cmp.Diff(want, failureOf(t, (<-out).body)); diff != "" {
 				t.Error(diff)
+			}
+		})
+	}
+}
+
+// TestPauseOpen has a sandbox paused that traffic may resume while a request is open that could be sent again. Its end's pause
+// does not count against the request; somebody's does, and only a request that comes later undoes it.
+func TestPauseOpen(t *testing.T) {
+	for reason, want := range map[string]int{"": http.StatusBadGateway, "timeout": http.StatusTeapot} {
+		t.Run("reason "+reason, func(t *testing.T) {
+			r := newRig(t, nil)
+			entered := make(chan struct{}, 1)
+			r.listen(t, testID, 8000, silent(entered))
+			r.onWake = func(context.Context, sandbox.ID) (sandbox.Route, error) {
+				r.listen(t, testID, 8000, teapot())
+				now := sandbox.Route{ID: testID, State: sandbox.StateRunning, Generation: 9}
+				r.set(testID, now)
+				return now, nil
+			}
+			out := send(client(t), r.request(t, http.MethodGet, "/", nil, toGuest("8000")...))
+			<-entered
+			r.end(testID, sandbox.StatePausing, reason)
+			paused := wakeable()
+			paused.Generation, paused.Reason = 8, reason
+			r.set(testID, paused)
+			if got := <-out; got.status != want {
+				t.Errorf("the open request: %+v, want %d", got, want)
+			}
+			if res, _ := r.get(t, "/", toGuest("8000")...); res.StatusCode != http.StatusTeapot || r.wakes.Load() != 1 {
+				t.Errorf("the next one: %d after %d wakes, want the guest's answer after 1", res.StatusCode, r.wakes.Load())
 			}
 		})
 	}
