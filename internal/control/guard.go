@@ -22,7 +22,11 @@ func (c *Control) permit(ctx context.Context, h *held) (permitted bool, release 
 		}
 		box, ok := c.index.get(h.box.ID)
 		if !ok || box.NodeID == h.box.NodeID && box.State != sandbox.StateMigrating {
-			break
+			if !c.noted.isBereft(h.box.ID) {
+				break
+			}
+			release()
+			return false, nil, sandbox.Unavailablef("sandbox %s is being brought back: its node %s has lost it; try again", h.box.ID, h.box.NodeID)
 		}
 		release()
 		if *h, err = c.hold(ctx, h.box.ID); err != nil {
@@ -50,6 +54,7 @@ func (c *Control) unguard(ctx context.Context, id sandbox.ID) error {
 	switch {
 	case err == nil, errors.Is(err, sandbox.ErrNotFound):
 		c.noted.setReplica(id, nil)
+		c.copies.spare(r)
 		return nil
 	case errors.Is(err, sandbox.ErrConflict):
 		return errors.Join(sandbox.Unavailablef("sandbox %s is being brought back by another server: try again", id), c.reloadReplica(ctx, id))
@@ -94,7 +99,8 @@ func (c *Control) guard(ctx context.Context, r sandbox.Replica) error {
 	if err = fromNode(r.Home, err); err != nil {
 		return fmt.Errorf("node %s: guard sandbox %s: %w", r.Home, r.ID, err)
 	}
-	if old, ok := c.noted.replica(r.ID); ok {
+	old, had := c.noted.replica(r.ID)
+	if had {
 		err = c.replicas.UpdateReplica(ctx, old, r)
 	} else {
 		err = c.replicas.CreateReplica(ctx, r)
@@ -103,6 +109,9 @@ func (c *Control) guard(ctx context.Context, r sandbox.Replica) error {
 		return errors.Join(fmt.Errorf("record the replicas of sandbox %s: %w", r.ID, err), c.reloadReplica(ctx, r.ID))
 	}
 	c.noted.setReplica(r.ID, &r)
+	if had && old.Checkpoint != r.Checkpoint {
+		c.copies.spare(old)
+	}
 	return nil
 }
 
@@ -118,10 +127,9 @@ func (c *Control) recoverBox(ctx context.Context, r sandbox.Replica, to sandbox.
 	next.Holders = slices.DeleteFunc(slices.Clone(r.Holders), func(n sandbox.NodeID) bool { return n == to })
 	p, _ := c.noted.placement(r.ID)
 	next.Generation = max(next.Generation, p.Generation+1) // 0 where there is none
-	err := c.replicas.MoveReplica(ctx, r, next, sandbox.Placement{
-		ID: r.ID, Node: to, Generation: next.Generation, Stale: []sandbox.NodeID{r.Home},
-	})
-	if err != nil {
+	at := sandbox.Placement{ID: r.ID, Node: to, Generation: next.Generation}
+	at.AddStale(r.Home)
+	if err := c.replicas.MoveReplica(ctx, r, next, at); err != nil {
 		return errors.Join(fmt.Errorf("bring sandbox %s back: %w", r.ID, err), c.reloadReplica(ctx, r.ID))
 	}
 	c.noted.setReplica(r.ID, &next)

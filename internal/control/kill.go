@@ -28,6 +28,7 @@ func (c *Control) Kill(ctx context.Context, id sandbox.ID) error {
 	if err != nil {
 		return err
 	}
+	gone := c.noted.isBereft(id)
 	if err := c.unguard(ctx, id); err != nil { // nobody is to bring it back
 		return fmt.Errorf("kill sandbox %s: %w", id, err)
 	}
@@ -36,6 +37,7 @@ func (c *Control) Kill(ctx context.Context, id sandbox.ID) error {
 	}
 	err = c.killAt(ctx, box.NodeID, id)
 	switch {
+	case errors.Is(err, sandbox.ErrNotFound) && gone: // its node has lost it, and nobody brings it back any more
 	case errors.Is(err, sandbox.ErrNotFound) && box.State.Ended():
 		c.endsHere(id, killReason)
 		return nil

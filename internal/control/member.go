@@ -113,7 +113,8 @@ func (c *Control) Renew(ctx context.Context, req *clusterv1.RenewRequest) (*clus
 	}, nil
 }
 
-// Leave takes the caller out of the cluster. Errors: ErrConflict for a node that has sandboxes, unless it is forced.
+// Leave takes the caller out of the cluster, and with a node everything that is kept of it; its paused sandboxes are brought back
+// from their replicas. Errors: ErrConflict for a node that has others, unless it is forced.
 func (c *Control) Leave(ctx context.Context, req *clusterv1.LeaveRequest) (*clusterv1.LeaveResponse, error) {
 	m, err := c.caller(ctx)
 	if err != nil {
@@ -127,7 +128,7 @@ func (c *Control) Leave(ctx context.Context, req *clusterv1.LeaveRequest) (*clus
 
 func (c *Control) leave(ctx context.Context, m sandbox.Member, force bool) error {
 	if m.Role == sandbox.RoleNode && c.fleet.has(sandbox.NodeID(m.ID)) {
-		return c.RemoveNode(ctx, m.ID, force)
+		return c.leaveNode(ctx, sandbox.NodeID(m.ID), force)
 	}
 	return c.expel(ctx, m)
 }

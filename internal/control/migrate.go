@@ -101,6 +101,9 @@ func (c *Control) planMove(ctx context.Context, id sandbox.ID) (*transfer, error
 	if c.noted.isBereft(id) {
 		return nil, sandbox.Conflictf("sandbox %s is being brought back: its node %s has lost it", id, box.NodeID)
 	}
+	if c.noted.isBereft(id) {
+		return nil, sandbox.Conflictf("sandbox %s is being brought back: its node %s has lost it", id, box.NodeID)
+	}
 	agent, err := c.agent(box.NodeID)
 	if err != nil {
 		return nil, err

@@ -54,12 +54,14 @@ type noted struct {
 	placed   map[sandbox.ID]sandbox.Placement
 	replicas map[sandbox.ID]sandbox.Replica
 	kills    map[sandbox.ID]sandbox.KillIntent
+	// bereft are sandboxes whose replica record names a node that says it has them no more.
+	bereft map[sandbox.ID]struct{}
 }
 
 func newNoted() *noted {
 	return &noted{
 		placed: make(map[sandbox.ID]sandbox.Placement), replicas: make(map[sandbox.ID]sandbox.Replica),
-		kills: make(map[sandbox.ID]sandbox.KillIntent),
+		kills: make(map[sandbox.ID]sandbox.KillIntent), bereft: make(map[sandbox.ID]struct{}),
 	}
 }
 
@@ -139,7 +141,33 @@ func (n *noted) setPlacement(id sandbox.ID, p *sandbox.Placement) {
 func (n *noted) setReplica(id sandbox.ID, r *sandbox.Replica) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
+	if r == nil || r.Returning || r.Home != n.replicas[id].Home {
+		delete(n.bereft, id)
+	}
 	set(n.replicas, id, r)
+}
+
+// deprive notes which of the sandboxes that a node is the home of it does not have, by what it has.
+func (n *noted) deprive(node sandbox.NodeID, has func(sandbox.ID) bool) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for id, r := range n.replicas {
+		switch {
+		case r.Home != node || r.Returning:
+		case has(id):
+			delete(n.bereft, id)
+		default:
+			n.bereft[id] = struct{}{}
+		}
+	}
+}
+
+// isBereft reports whether a sandbox has to be brought back because its node lost it.
+func (n *noted) isBereft(id sandbox.ID) bool {
+	n.mu.RLock()
+	defer n.mu.RUnlock()
+	_, ok := n.bereft[id]
+	return ok
 }
 
 func (n *noted) setKill(id sandbox.ID, k *sandbox.KillIntent) {

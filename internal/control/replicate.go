@@ -24,6 +24,8 @@ const (
 	jobSpread jobKind = "spread"
 	// jobForget has node drop a replica that no record names.
 	jobForget jobKind = "forget"
+	// jobUnstore has node remove a checkpoint from the bucket.
+	jobUnstore jobKind = "unstore"
 )
 
 // job is one thing to do about copies. It is a value: carrying it out makes no choices.
@@ -36,7 +38,7 @@ type job struct {
 	template sandbox.TemplateID
 	build    sandbox.Build
 	warm     bool
-	// checkpoint is what a jobForget is about.
+	// checkpoint is what a jobForget or a jobUnstore is about.
 	checkpoint string
 }
 
@@ -63,10 +65,14 @@ type nodeView struct {
 
 // copyView is everything that planCopies looks at.
 type copyView struct {
-	now       time.Time
-	nodes     []nodeView
-	paused    []sandbox.Sandbox
-	records   map[sandbox.ID]sandbox.Replica
+	now     time.Time
+	nodes   []nodeView
+	paused  []sandbox.Sandbox
+	records map[sandbox.ID]sandbox.Replica
+	// bereft reports whether the home of a record says that it has lost the sandbox.
+	bereft func(sandbox.ID) bool
+	// spare are the checkpoints in the bucket that nothing needs any more.
+	spare     []string
 	templates []sandbox.Template
 	// popular are the builds that sandboxes were made from lately.
 	popular map[string]bool
@@ -137,7 +143,7 @@ func (p *copyPlan) recoveries() {
 	for _, r := range p.records {
 		home := p.node(r.Home)
 		switch {
-		case p.gone(r.Home):
+		case p.gone(r.Home), p.bereft(r.ID):
 			if to := p.newHome(r); to != nil && !p.add(job{kind: jobRecover, node: to.id, replica: r}) {
 				return
 			}
@@ -156,12 +162,19 @@ func (p *copyPlan) recoveries() {
 // newHome returns the node that is to bring a sandbox back: one that has it or, from the bucket, any.
 func (p *copyPlan) newHome(r sandbox.Replica) *nodeView {
 	to := p.best(func(n *nodeView) bool {
-		return slices.Contains(r.Holders, n.id) && !p.skip((&job{kind: jobRecover, node: n.id, replica: r}).key())
+		return slices.Contains(r.Holders, n.id) && n.holds(r.Checkpoint) && !p.skip((&job{kind: jobRecover, node: n.id, replica: r}).key())
 	})
 	if to == nil && r.Bucket {
-		to = p.best(func(n *nodeView) bool { return n.open && n.id != r.Home })
+		to = p.best(func(n *nodeView) bool { return n.open && (n.id != r.Home || p.bereft(r.ID)) })
 	}
 	return to
+}
+
+// holds reports whether a node has a checkpoint, as its own or as a replica. One that does not answer may.
+func (n *nodeView) holds(checkpoint string) bool {
+	_, replica := n.replicas[checkpoint]
+	_, own := n.has[checkpoint]
+	return replica || own || !n.ready
 }
 
 // guards copies what sandboxes are paused in.
@@ -176,7 +189,8 @@ func (p *copyPlan) guards() {
 		if r.Generation != box.Generation {
 			r = sandbox.Replica{}
 		}
-		if p.limits.Bucket && !r.Bucket && !p.add(job{kind: jobGuard, box: *box, replica: r}) {
+		stored := r.Bucket || slices.Contains(p.spare, box.Checkpoint) // what is being removed is stored again afterwards
+		if p.limits.Bucket && !stored && !p.add(job{kind: jobGuard, box: *box, replica: r}) {
 			return
 		}
 		if to := p.nextHolder(box, home, r); to != nil && !p.add(job{kind: jobGuard, node: to.id, box: *box, replica: r}) {
@@ -189,13 +203,14 @@ func (p *copyPlan) guards() {
 func (p *copyPlan) nextHolder(box *sandbox.Sandbox, home *nodeView, r sandbox.Replica) *nodeView {
 	count := 1
 	for _, h := range r.Holders {
-		count += btoi(!p.gone(h))
+		n := p.node(h)
+		count += btoi(n != nil && !n.givenUp && n.holds(box.Checkpoint))
 	}
 	if count >= p.limits.SnapshotReplicas {
 		return nil
 	}
 	return p.best(func(n *nodeView) bool {
-		return n.open && n.id != box.NodeID && n.arch == home.arch && !slices.Contains(r.Holders, n.id) &&
+		return n.open && n.id != box.NodeID && n.arch == home.arch && !(slices.Contains(r.Holders, n.id) && n.holds(box.Checkpoint)) &&
 			!p.skip((&job{kind: jobGuard, node: n.id, box: *box, replica: r}).key())
 	})
 }
@@ -274,7 +289,7 @@ func (n *nodeView) hasBuild(b sandbox.Build) bool {
 	return saved
 }
 
-// forgets drops the replicas that nothing needs: their sandbox runs, is no more, or is elsewhere.
+// forgets drops the replicas, and what is in the bucket, that nothing needs: their sandbox runs, is no more, or is elsewhere.
 func (p *copyPlan) forgets() {
 	needed := make(map[string]struct{}, len(p.records)+len(p.paused))
 	for _, r := range p.records {
@@ -282,6 +297,11 @@ func (p *copyPlan) forgets() {
 	}
 	for i := range p.paused {
 		needed[p.paused[i].Checkpoint] = struct{}{}
+	}
+	for _, id := range p.spare {
+		if to := p.best(func(*nodeView) bool { return true }); to != nil && !p.add(job{kind: jobUnstore, node: to.id, checkpoint: id}) {
+			return
+		}
 	}
 	for i := range p.nodes {
 		n := &p.nodes[i]

@@ -27,6 +27,8 @@ const (
 	joinedFor  = 10 * time.Minute
 	// maxPopular bounds the builds whose use is remembered.
 	maxPopular = 1024
+	// maxSpared bounds the checkpoints that wait to be removed from the bucket.
+	maxSpared = 100_000
 )
 
 // copies is what runReplicas remembers from one round to the next.
@@ -39,6 +41,8 @@ type copies struct {
 	replicas map[sandbox.NodeID]map[string]time.Time
 	joined   map[sandbox.NodeID]time.Time
 	uses     map[string]use
+	// spared are the checkpoints in the bucket that nothing needs any more.
+	spared map[string]struct{}
 }
 
 // use is when sandboxes were made from a build last, and of what size.
@@ -51,6 +55,7 @@ type use struct {
 func newCopies() *copies {
 	return &copies{
 		active: make(map[string]struct{}), failed: make(map[string]time.Time), uses: make(map[string]use),
+		spared:   make(map[string]struct{}),
 		replicas: make(map[sandbox.NodeID]map[string]time.Time), joined: make(map[sandbox.NodeID]time.Time),
 	}
 }
@@ -88,6 +93,23 @@ func (p *copies) keep(node sandbox.NodeID, checkpoint string, now time.Time) {
 		p.replicas[node] = make(map[string]time.Time)
 	}
 	p.replicas[node][checkpoint] = now
+}
+
+// spare notes that a record is gone, and that nothing needs what it named in the bucket. At most maxSpared wait; what is beyond
+// that, or was to be removed when the server ended, stays there.
+func (p *copies) spare(r sandbox.Replica) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if r.Bucket && len(p.spared) < maxSpared {
+		p.spared[r.Checkpoint] = struct{}{}
+	}
+}
+
+// unspare notes that a checkpoint is in the bucket no more.
+func (p *copies) unspare(checkpoint string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	delete(p.spared, checkpoint)
 }
 
 func (p *copies) drop(node sandbox.NodeID, checkpoint string) {
@@ -167,7 +189,7 @@ func (c *Control) copyView(ctx context.Context, now time.Time) (*copyView, error
 	}
 	v := &copyView{
 		now: now, paused: c.index.pausedBoxes(), records: c.noted.allReplicas(), templates: templates, limits: c.limits,
-		popular: make(map[string]bool),
+		popular: make(map[string]bool), bereft: c.noted.isBereft,
 	}
 	p := c.copies
 	p.mu.Lock()
@@ -184,6 +206,7 @@ func (c *Control) copyView(ctx context.Context, now time.Time) (*copyView, error
 			skip[key] = struct{}{}
 		}
 	}
+	v.spare = slices.Sorted(maps.Keys(p.spared))
 	v.skip = func(key string) bool { _, ok := skip[key]; return ok }
 	v.nodes = c.fleet.copyViews(now)
 	for i := range v.nodes {
@@ -226,6 +249,8 @@ func (c *Control) carryCopy(ctx context.Context, j job) {
 		err = c.copyPaused(work, j)
 	case jobSpread:
 		err = c.copyBuild(work, j)
+	case jobUnstore:
+		err = c.unstore(work, j.node, j.checkpoint)
 	case jobForget:
 		err = c.forgetReplica(work, j.node, j.checkpoint)
 	}
@@ -285,7 +310,9 @@ func (c *Control) copyPaused(ctx context.Context, j job) error {
 		return err
 	}
 	c.copies.keep(j.node, r.Checkpoint, time.Now())
-	r.Holders = append(r.Holders, j.node)
+	if !slices.Contains(r.Holders, j.node) {
+		r.Holders = append(r.Holders, j.node)
+	}
 	return c.guard(ctx, r)
 }
 
@@ -316,5 +343,21 @@ func (c *Control) forgetReplica(ctx context.Context, node sandbox.NodeID, checkp
 		return fmt.Errorf("node %s: drop replica %s: %w", node, checkpoint, fromNode(node, err))
 	}
 	c.copies.drop(node, checkpoint)
+	return nil
+}
+
+// unstore has a node remove a checkpoint from the bucket.
+func (c *Control) unstore(ctx context.Context, node sandbox.NodeID, checkpoint string) error {
+	agent, err := c.agent(node)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, c.limits.CallDeadline)
+	defer cancel()
+	_, err = agent.RemoveCheckpoint(ctx, &agentv1.RemoveCheckpointRequest{CheckpointId: checkpoint, Bucket: true})
+	if err = fromNode(node, err); err != nil && !errors.Is(err, sandbox.ErrUnsupported) {
+		return fmt.Errorf("node %s: remove %s from the bucket: %w", node, checkpoint, err)
+	}
+	c.copies.unspare(checkpoint)
 	return nil
 }

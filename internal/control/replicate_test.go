@@ -19,14 +19,21 @@ func viewOf() *copyView {
 		now: time.Unix(10_000, 0), nodes: []nodeView{node("a", 0), node("b", 0.5), node("c", 0.2)},
 		paused:  []sandbox.Sandbox{{ID: "s", NodeID: "a", State: sandbox.StatePaused, Generation: 4, Checkpoint: "p"}},
 		records: map[sandbox.ID]sandbox.Replica{}, popular: map[string]bool{}, limits: Limits{SnapshotReplicas: 2}.withDefaults(),
-		skip: func(string) bool { return false },
+		skip: func(string) bool { return false }, bereft: func(sandbox.ID) bool { return false },
 	}
 }
 
 func kept(v *copyView) sandbox.Replica {
 	r := sandbox.Replica{ID: "s", Home: "a", Generation: 4, Checkpoint: "p", Holders: []sandbox.NodeID{"c"}}
 	v.records["s"] = r
+	v.nodes[2].replicas["p"] = time.Unix(9_000, 0)
 	return r
+}
+
+// lost has the home say that it does not have the sandbox.
+func lost(v *copyView) {
+	v.bereft = func(sandbox.ID) bool { return true }
+	v.paused[0].Checkpoint = ""
 }
 
 func TestPlanCopies(t *testing.T) {
@@ -61,6 +68,19 @@ func TestPlanCopies(t *testing.T) {
 			v.records["s"] = r
 			v.paused = nil
 		}, []string{"finish/c/s"}},
+		{"its home has lost it", func(v *copyView) { kept(v); lost(v) }, []string{"recover/c/s"}},
+		{"its home has lost it and nobody else has it", func(v *copyView) { kept(v); lost(v); clear(v.nodes[2].replicas) }, nil},
+		{"its home has lost it and the bucket has it", func(v *copyView) {
+			r := kept(v)
+			r.Bucket, r.Holders = true, nil
+			v.records["s"] = r
+			lost(v)
+			v.nodes = v.nodes[:1]
+			clear(v.nodes[0].replicas)
+		}, []string{"recover/a/s"}},
+		{"a holder has lost it", func(v *copyView) { kept(v); clear(v.nodes[2].replicas) }, []string{"guard/c/ss"}},
+		{"nothing needs it in the bucket", func(v *copyView) { v.spare = []string{"old"}; kept(v) }, []string{"unstore/a/old"}},
+		{"it is being removed from the bucket", func(v *copyView) { v.spare, v.limits.Bucket = []string{"p"}, true; kept(v) }, []string{"unstore/a/p"}},
 		{"a replica that nothing needs", func(v *copyView) { kept(v); v.nodes[1].replicas["old"] = time.Unix(9_000, 0) }, []string{"forget/b/old"}},
 		{"one that may be recorded soon", func(v *copyView) { kept(v); v.nodes[1].replicas["old"] = time.Unix(9_990, 0) }, nil},
 	}

@@ -222,6 +222,9 @@ func (n *Node) RemoveCheckpoint(_ context.Context, req *agentv1.RemoveCheckpoint
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	delete(n.saved.checkpoints, req.GetCheckpointId())
+	if req.GetBucket() && n.err == nil {
+		n.moving.agents.store(req.GetCheckpointId(), nil)
+	}
 	return &agentv1.RemoveCheckpointResponse{}, n.err
 }
 

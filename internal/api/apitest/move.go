@@ -210,7 +210,14 @@ func (n *Node) offers(req *agentv1.FetchRequest) (bool, *agentv1.Sandbox) {
 
 // Store implements agent.v1.
 func (n *Node) Store(_ context.Context, req *agentv1.StoreRequest) (*agentv1.StoreResponse, error) {
-	return &agentv1.StoreResponse{}, n.command("Store", req.GetCheckpointId(), func() error { return nil })
+	return &agentv1.StoreResponse{}, n.command("Store", req.GetCheckpointId(), func() error {
+		for _, b := range n.boxes {
+			if b.GetCheckpointId() == req.GetCheckpointId() {
+				n.moving.agents.store(req.GetCheckpointId(), copyOf(b))
+			}
+		}
+		return nil
+	})
 }
 
 // Guard implements agent.v1.
@@ -315,6 +322,9 @@ func (n *Node) Receive(_ context.Context, req *agentv1.ReceiveRequest) (*agentv1
 		b := copyOf(req.GetParcel().GetSandbox())
 		if req.GetParcel() == nil {
 			kept := n.moving.replicas[req.GetCheckpointId()]
+			if kept == nil && req.GetBucket() {
+				kept = n.moving.agents.stored(req.GetCheckpointId())
+			}
 			if kept == nil {
 				return notHere("replica " + req.GetCheckpointId())
 			}

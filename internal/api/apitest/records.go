@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/cloister-dev/cloister/internal/control"
+	agentv1 "github.com/cloister-dev/cloister/internal/gen/agent/v1"
 	"github.com/cloister-dev/cloister/internal/gen/agent/v1/agentv1connect"
 	"github.com/cloister-dev/cloister/internal/sandbox"
 )
@@ -285,6 +286,35 @@ func (r *Records) Query(_ context.Context, q control.EventQuery) ([]control.Even
 type Agents struct {
 	mu    sync.Mutex
 	nodes map[sandbox.NodeID]agentv1connect.AgentServiceClient
+	// bucket is what the nodes stored, by checkpoint.
+	bucket map[string]*agentv1.Sandbox
+}
+
+// Stored returns the checkpoints in the bucket that all nodes have, in order.
+func (a *Agents) Stored() []string {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return slices.Sorted(maps.Keys(a.bucket))
+}
+
+// store puts what a sandbox is paused in into the bucket; nil takes it out.
+func (a *Agents) store(checkpoint string, b *agentv1.Sandbox) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if b == nil {
+		delete(a.bucket, checkpoint)
+		return
+	}
+	if a.bucket == nil {
+		a.bucket = make(map[string]*agentv1.Sandbox)
+	}
+	a.bucket[checkpoint] = b
+}
+
+func (a *Agents) stored(checkpoint string) *agentv1.Sandbox {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.bucket[checkpoint]
 }
 
 // Agent implements control's interface.
