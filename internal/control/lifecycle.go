@@ -104,21 +104,33 @@ func (c *Control) moved(ctx context.Context, h *held) bool {
 }
 
 // passing has the index say, until the returned function is called or the node says more, that a sandbox is on its way:
-// nodes do not report states that last for milliseconds, and traffic should not try its luck meanwhile.
+// nodes do not report states that last for milliseconds, and traffic should not try its luck meanwhile. What was concluded
+// from its node's silence while it was on its way is put right then, since the node will not say more of what it never heard.
 func (c *Control) passing(h held, from, through sandbox.State) (done func()) {
-	turn := func(a, b sandbox.State) func() {
-		return func() {
-			c.index.change(h.box.ID, time.Now(), func(e *entry) bool {
-				if e.box.State != a || e.box.Generation != h.box.Generation {
-					return false
-				}
-				e.box.State = b
-				return true
-			})
+	c.index.change(h.box.ID, time.Now(), func(e *entry) bool {
+		if e.box.State != from || e.box.Generation != h.box.Generation {
+			return false
 		}
+		e.box.State = through
+		return true
+	})
+	return func() {
+		c.index.change(h.box.ID, time.Now(), func(e *entry) bool {
+			switch {
+			case e.box.Generation != h.box.Generation:
+				return false
+			case e.box.State == through:
+				e.box.State = from
+			case e.was != through:
+				return false
+			case from == sandbox.StatePaused: // that is not lost with its node
+				e.box.State, e.box.Reason, e.box.EndedAt, e.was = from, "", time.Time{}, ""
+			default:
+				e.was = from
+			}
+			return true
+		})
 	}
-	turn(from, through)()
-	return turn(through, from)
 }
 
 // onItsWay reports whether a state is one that passes by itself.

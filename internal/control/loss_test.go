@@ -1,11 +1,15 @@
 package control_test
 
 import (
+	"context"
 	"errors"
 	"slices"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"connectrpc.com/connect"
 
 	"github.com/cloister-dev/cloister/internal/api/apitest"
 	"github.com/cloister-dev/cloister/internal/control"
@@ -86,6 +90,57 @@ func TestLostAndFound(t *testing.T) {
 }
 
 // TestLostForGood has a node return without what it ran.
+// deaf is a node that hears no pause and no resume.
+type deaf struct{ *apitest.Node }
+
+func unheard(ctx context.Context) error {
+	<-ctx.Done()
+	return connect.NewError(connect.CodeUnavailable, ctx.Err())
+}
+
+func (deaf) Pause(ctx context.Context, _ *agentv1.PauseRequest) (*agentv1.PauseResponse, error) {
+	return nil, unheard(ctx)
+}
+
+func (deaf) Resume(ctx context.Context, _ *agentv1.ResumeRequest) (*agentv1.ResumeResponse, error) {
+	return nil, unheard(ctx)
+}
+
+// What its node never heard of is what it was, also where the node was given up before that was certain.
+func TestLostOnItsWay(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := lossy(t)
+		box, paused := mustCreate(t, c, control.CreateRequest{Timeout: time.Hour}), mustCreate(t, c, minute())
+		mustPause(t, c, paused.ID)
+		if err := c.Report(t, c.Node, false); err != nil {
+			t.Fatal(err)
+		}
+		c.Agents.Set(c.Node.ID, deaf{c.Node})
+		asleep(4 * time.Second)
+		ctx, cancel := context.WithCancel(t.Context())
+		var g sync.WaitGroup
+		g.Go(func() { _, _ = c.Control.Pause(ctx, box.ID, "") })
+		g.Go(func() { _, _ = c.Control.Resume(ctx, paused.ID, control.ConnectRequest{Timeout: time.Hour}) })
+		synctest.Wait()
+		silent(t, c, c.Node, 13*time.Second)
+		if s := stateOf(t, c, box.ID); s != sandbox.StateLost {
+			t.Errorf("of a silent node it is %s", s)
+		}
+		cancel()
+		g.Wait()
+		if s := stateOf(t, c, paused.ID); s != sandbox.StatePaused {
+			t.Errorf("the paused one is %s", s)
+		}
+		c.Agents.Set(c.Node.ID, c.Node)
+		if err := c.Report(t, c.Node, false); err != nil {
+			t.Fatal(err)
+		}
+		if a, b := stateOf(t, c, box.ID), stateOf(t, c, paused.ID); a != sandbox.StateRunning || b != sandbox.StatePaused {
+			t.Errorf("found again: %s and %s", a, b)
+		}
+	})
+}
+
 func TestLostForGood(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := lossy(t)
