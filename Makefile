@@ -11,6 +11,7 @@ SENTRY  := internal/engine/gvisor/sentry/bin/cloister-sentry-$(GOARCH).gz
 LDFLAGS := -s -w -X github.com/cloister-dev/cloister/internal/cli.version=$(VERSION)
 SUDO    := $(shell [ "$$(id -u)" = 0 ] || echo "sudo --preserve-env=PATH,GOPROXY,GOFLAGS,HOME")
 FUZZTIME ?= 10s
+CHAOS_TIME ?= 10m
 
 .PHONY: help up down test build guest sentry gen lint unit race hosts e2e load fuzz chaos cover clean install-deps
 
@@ -62,6 +63,10 @@ race: guest ## run the unit tests under the race detector
 
 hosts: build ## run the tests that use network namespaces and real sandboxes (root)
 	$(SUDO) env REQUIRE_HOSTS=1 go test -count=1 -p 1 -timeout 20m ./test/hosts/...
+
+chaos: build ## break a cluster at random for CHAOS_TIME, and check its promises; CHAOS_SEED repeats a run (root)
+	$(SUDO) env REQUIRE_HOSTS=1 CHAOS_TIME=$(CHAOS_TIME) CHAOS_SEED=$(CHAOS_SEED) CHAOS_CLOCK=$(CHAOS_CLOCK) CHAOS_LOG=$(CHAOS_LOG) \
+		go test -count=1 -v -timeout 2h ./test/chaos
 
 e2e: build ## drive the real binary with the pinned npm packages (root)
 	$(SUDO) env REQUIRE_HOSTS=1 go test -count=1 -timeout 20m ./test/e2e/...

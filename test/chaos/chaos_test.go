@@ -29,7 +29,7 @@ func setting[T any](t *testing.T, name string, usual T, parse func(string) (T, e
 func TestChaos(t *testing.T) {
 	seed := setting(t, "CHAOS_SEED", uint64(time.Now().UnixNano()), func(s string) (uint64, error) { return strconv.ParseUint(s, 10, 64) })
 	setup := Setup{
-		Total: setting(t, "CHAOS_TIME", time.Minute, time.ParseDuration), Nodes: 3, Slots: 16,
+		Total: setting(t, "CHAOS_TIME", time.Minute, time.ParseDuration), Nodes: 3, Slots: 12,
 		Clock: setting(t, "CHAOS_CLOCK", false, strconv.ParseBool),
 	}
 	t.Logf("CHAOS_SEED=%d CHAOS_TIME=%s CHAOS_CLOCK=%t", seed, setup.Total, setup.Clock)

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/cloister-dev/cloister/internal/client"
@@ -207,7 +208,14 @@ func Overcommit(m *MachineView) []Violation {
 	if sum.MemoryBytes <= m.Capacity.MemoryBytes && sum.MilliCPU <= m.Capacity.MilliCPU {
 		return nil
 	}
-	return []Violation{{Rule: "overcommit", Machine: m.Name, Text: fmt.Sprintf("%+v admitted, of %+v", sum, m.Capacity)}}
+	var who []string
+	for i := range m.Records {
+		r := &m.Records[i]
+		if held := r.Held(); held.MemoryBytes > 0 {
+			who = append(who, fmt.Sprintf("%s %s %d MiB, warm %t, %s at %s", r.ID, r.State, held.MemoryBytes>>20, r.Warm, r.Last.Type, r.Last.Time.Format(time.RFC3339Nano)))
+		}
+	}
+	return []Violation{{Rule: "overcommit", Machine: m.Name, Text: fmt.Sprintf("%+v admitted, of %+v: %s", sum, m.Capacity, strings.Join(who, "; "))}}
 }
 
 // Twice says which sandboxes have processes on more than one machine, or more than one on one.

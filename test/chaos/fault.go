@@ -44,9 +44,12 @@ func machine(c *harness.Cluster, name string) *harness.Machine {
 	return nil
 }
 
-// take carries out the begin or the end of a fault. It is for the test's own goroutine.
+// take carries out the begin or the end of a fault. A machine that is being started is waited for.
 func (r *Run) take(ctx context.Context, s step) error {
 	m, peer := machine(r.cluster, s.fault.Target), machine(r.cluster, s.fault.Peer)
+	if started := r.starting[s.fault.Target]; started != nil && s.fault.Kind != Drain {
+		<-started
+	}
 	switch s.fault.Kind {
 	case Kill, Power:
 		return r.stop(ctx, s, m)
@@ -81,7 +84,12 @@ func pick[T any](first bool, a, b T) T {
 func (r *Run) stop(ctx context.Context, s step, m *harness.Machine) error {
 	switch {
 	case !s.begin:
-		m.Again()
+		started := make(chan struct{})
+		r.starting[m.Name] = started
+		r.calls.Go(func() { // a daemon may wait for a server that stands still
+			defer close(started)
+			m.Again()
+		})
 	case s.fault.Kind == Kill:
 		m.Signal(syscall.SIGKILL)
 	default:

@@ -66,9 +66,11 @@ func (u *user) do(ctx context.Context, l *Ledger, slot int, verb Verb) (Verb, Bo
 	case verb == End || b.Belief == Doomed:
 		verb = End
 		err = u.kill(ctx, l, slot, b)
-	case verb == Toggle || b.Belief != Running: // what is paused is resumed before it is used
+	case verb == Toggle || b.Belief == Unsure:
 		verb = Toggle
 		err = u.toggle(ctx, l, slot, b)
+	case b.Belief == Paused:
+		verb = Rest
 	case verb == Write:
 		err = u.write(ctx, l, slot, b)
 	default:
@@ -97,8 +99,9 @@ func (u *user) kill(ctx context.Context, l *Ledger, slot int, b Box) error {
 	b.Belief = Doomed
 	l.Set(slot, b)
 	err := u.api.KillSandbox(ctx, b.ID)
-	if err == nil {
+	if err == nil || client.IsNotFound(err) { // it may be the second time
 		l.Drop(slot, true)
+		return nil
 	}
 	return err
 }

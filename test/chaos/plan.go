@@ -56,8 +56,10 @@ const (
 	// Toggle pauses a sandbox that runs, and resumes one that is paused.
 	Toggle Verb = "toggle"
 	End    Verb = "kill"
-	// Create is what is done to an empty slot; it is in no plan.
+	// Create is what is done to an empty slot, Rest what is done to a paused sandbox instead of using it: nothing. They are in
+	// no plan.
 	Create Verb = "create"
+	Rest   Verb = "rest"
 )
 
 // Operation is one thing that a client does, At after the begin of its round. Those of a slot are done one after the other.
@@ -137,8 +139,8 @@ func (p *planner) between(a, b time.Duration) time.Duration {
 
 // length is how long a fault lasts: some outlast the time after which a node is down.
 func (p *planner) length() time.Duration {
-	if p.rng.IntN(4) == 0 {
-		return p.between(5*time.Second, 9*time.Second)
+	if p.rng.IntN(3) == 0 {
+		return p.between(6*time.Second, 10*time.Second)
 	}
 	return p.between(300*time.Millisecond, 4*time.Second)
 }

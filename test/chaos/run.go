@@ -39,8 +39,9 @@ type Run struct {
 	ids      map[string]string
 	capacity map[string]sandbox.Resources
 	spare    int
-	// calls are requests that a fault began.
-	calls sync.WaitGroup
+	// calls are what faults began; starting are closed when a machine's daemon is ready again.
+	calls    sync.WaitGroup
+	starting map[string]chan struct{}
 
 	mu      sync.Mutex
 	round   int
@@ -55,7 +56,7 @@ func NewRun(tb testing.TB, c *harness.Cluster, spare int) *Run {
 	tb.Helper()
 	r := &Run{
 		tb: tb, cluster: c, ledger: NewLedger(), scratch: tb.TempDir(), ids: map[string]string{},
-		capacity: map[string]sandbox.Resources{}, spare: spare, counts: map[string]int{},
+		capacity: map[string]sandbox.Resources{}, spare: spare, counts: map[string]int{}, starting: map[string]chan struct{}{},
 	}
 	nodes, err := c.Client().Nodes(tb.Context())
 	if err != nil {
@@ -81,7 +82,7 @@ func (r *Run) Do(rounds []Round) {
 		r.round = i + 1
 		r.mu.Unlock()
 		r.active(round)
-		if !r.settle() {
+		if r.tb.Failed() || !r.settle() { // a daemon did not start
 			break
 		}
 	}
@@ -89,6 +90,20 @@ func (r *Run) Do(rounds []Round) {
 		r.finish()
 	}
 	r.tb.Logf("%d rounds; %s; settled within %s", r.round, r.summary(), r.slowest.Round(time.Millisecond))
+	r.tb.Logf("of it the server tells: %s", r.history())
+}
+
+// history counts what the server itself says that has happened.
+func (r *Run) history() string {
+	var out []string
+	for _, kind := range []string{"node_suspect", "node_down", "lost", "found", "moved", "recovered", "kill_wanted"} {
+		events, err := r.user.api.Events(r.tb.Context(), client.ListEvents{Type: kind, Limit: 1000})
+		if err != nil {
+			return err.Error()
+		}
+		out = append(out, fmt.Sprintf("%s %d", kind, len(events)))
+	}
+	return strings.Join(out, ", ")
 }
 
 // summary counts what was done.
@@ -169,6 +184,8 @@ func (r *Run) use(ctx context.Context, began time.Time, ops []Operation) {
 		switch {
 		case errors.Is(err, errHang):
 			r.violated(Violation{Rule: "hang", ID: b.ID, Text: err.Error()})
+		case client.IsNotFound(err) && verb != Create && !r.ledger.Promises().Boxes[op.Slot].Excused:
+			r.violated(Violation{Rule: "lost", ID: b.ID, Text: "the server does not know a sandbox that was acknowledged: " + err.Error()})
 		case errors.Is(err, errContent):
 			r.violated(Violation{Rule: "lost", ID: b.ID, Text: err.Error()})
 		}
@@ -232,7 +249,7 @@ func (r *Run) settle() bool {
 func (r *Run) crashed() []Violation {
 	var out []Violation
 	for _, m := range slices.Concat(r.cluster.Nodes, r.cluster.Proxies, []*harness.Machine{r.cluster.Server}) {
-		if _, ok := alive(m.PID()); !ok {
+		if _, ok := alive(m.PID()); !ok { // all were started
 			out = append(out, Violation{Rule: "crash", Machine: m.Name, Text: "the daemon has ended by itself: " + tail(m.Log())})
 		}
 	}
