@@ -323,6 +323,23 @@ func (ownCommands) RemoveCheckpoint(context.Context, *agentv1.RemoveCheckpointRe
 	return nil, notAlone("checkpoints are")
 }
 
+// Resume makes a sandbox run that no other node can have brought back: only a server can know of the others.
+func (o ownCommands) Resume(ctx context.Context, req *agentv1.ResumeRequest) (*agentv1.ResumeResponse, error) {
+	req.Permitted = false
+	return o.AgentServiceClient.Resume(ctx, req)
+}
+
+// Rollback is like Resume.
+func (o ownCommands) Rollback(ctx context.Context, req *agentv1.RollbackRequest) (*agentv1.RollbackResponse, error) {
+	req.Permitted = false
+	return o.AgentServiceClient.Rollback(ctx, req)
+}
+
+// Guard is refused.
+func (ownCommands) Guard(context.Context, *agentv1.GuardRequest) (*agentv1.GuardResponse, error) {
+	return nil, notAlone("copies are")
+}
+
 // Fetch is refused.
 func (ownCommands) Fetch(context.Context, *agentv1.FetchRequest) (*agentv1.FetchResponse, error) {
 	return nil, notAlone("copies are")
