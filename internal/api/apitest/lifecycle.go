@@ -113,6 +113,12 @@ func (n *Node) Pause(ctx context.Context, req *agentv1.PauseRequest) (*agentv1.P
 	if b.GetState() != agentv1.State_STATE_RUNNING {
 		return nil, refused("sandbox %s is already %s", b.GetId(), b.GetState())
 	}
+	if err := meant(b, req.GetGeneration()); err != nil {
+		return nil, err
+	}
+	if req.GetTimedOut() {
+		b.Reason = "timeout"
+	}
 	n.turn(b, agentv1.State_STATE_PAUSING, "pausing")
 	if err := n.halfway(ctx); err != nil {
 		return nil, err
@@ -152,7 +158,7 @@ func (n *Node) Resume(ctx context.Context, req *agentv1.ResumeRequest) (*agentv1
 	n.allocated = n.allocated.Add(amount(b))
 	n.saved.resumes++
 	n.guard(b.GetId(), false)
-	b.CheckpointId = ""
+	b.CheckpointId, b.Reason = "", ""
 	b.PausedAt, b.PausedKind, b.PausedBytes, b.EndAt = nil, 0, 0, endAt(time.Now(), req.GetTimeout())
 	if req.AutoPause != nil {
 		b.AutoPause = req.GetAutoPause()

@@ -47,6 +47,7 @@ type Node struct {
 	removed   []string
 	saved     saved
 	moving    moving
+	busy      []string // as SetBusy said
 }
 
 // NewNode returns a node with room for a few thousand sandboxes.
@@ -62,6 +63,23 @@ func (n *Node) Fail(err error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.err = err
+}
+
+// SetBusy has the node say that these sandboxes are in use, and no others.
+func (n *Node) SetBusy(ids ...sandbox.ID) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.busy = nil
+	for _, id := range ids {
+		n.busy = append(n.busy, string(id))
+	}
+}
+
+// Busy returns what SetBusy said.
+func (n *Node) Busy() []string {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return slices.Clone(n.busy)
 }
 
 // Created returns the create requests that the node took.
@@ -170,6 +188,7 @@ func (n *Node) Create(ctx context.Context, req *agentv1.CreateRequest) (*agentv1
 		StartedAt: timestamppb.New(now), EndAt: endAt(now, req.GetTimeout()), Secure: req.GetSecure(),
 		AllowInternet: req.GetAllowInternet(), GuestVersion: GuestVersion,
 		AutoPause: req.GetAutoPause(), AutoPauseKind: req.GetAutoPauseKind(), AutoResume: req.GetAutoResume(), Timeout: req.GetTimeout(), ImageDigest: req.GetImageDigest(),
+		IdleTimeout: req.GetIdleTimeout(),
 	}
 	n.remember(b, req)
 	n.boxes[b.GetId()] = b
@@ -211,11 +230,27 @@ func (n *Node) Get(_ context.Context, req *agentv1.GetRequest) (*agentv1.GetResp
 func (n *Node) Kill(_ context.Context, req *agentv1.KillRequest) (*agentv1.KillResponse, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if _, err := n.find(req.GetId()); err != nil {
+	b, err := n.find(req.GetId())
+	if err == nil {
+		err = meant(b, req.GetGeneration())
+	}
+	if err != nil {
 		return nil, err
 	}
-	n.end(req.GetId(), agentv1.State_STATE_DELETED, req.GetReason(), "killed")
+	kind := "killed"
+	if req.GetTimedOut() {
+		kind = "timed_out"
+	}
+	n.end(req.GetId(), agentv1.State_STATE_DELETED, req.GetReason(), kind)
 	return &agentv1.KillResponse{}, nil
+}
+
+// meant refuses a command for another generation of a sandbox; 0 is any.
+func meant(b *agentv1.Sandbox, generation int64) error {
+	if generation > 0 && generation != b.GetGeneration() {
+		return refused("sandbox %s has generation %d, not %d", b.GetId(), b.GetGeneration(), generation)
+	}
+	return nil
 }
 
 // end requires mu.
@@ -267,7 +302,7 @@ func (n *Node) SetTimeout(_ context.Context, req *agentv1.SetTimeoutRequest) (*a
 	next := endAt(time.Now(), req.GetTimeout())
 	earlier := next != nil && (b.GetEndAt() == nil || next.AsTime().Before(b.GetEndAt().AsTime()))
 	if !req.GetExtendOnly() || !earlier {
-		b.EndAt = next
+		b.EndAt, b.Timeout = next, req.GetTimeout()
 		b.Generation++
 		n.note(b, "timeout_set")
 	}

@@ -112,7 +112,7 @@ func (c *Cluster) Report(tb testing.TB, n *Node, full bool) error {
 		changes = n.Standing()
 	}
 	resp, err := c.Control.Report(tb.Context(), &nodev1.ReportRequest{
-		NodeId: string(n.ID), Epoch: c.epochs[n.ID], Changes: changes, Load: n.Load(), Full: full,
+		NodeId: string(n.ID), Epoch: c.epochs[n.ID], Changes: changes, Load: n.Load(), Full: full, Busy: n.Busy(),
 	})
 	if err == nil {
 		c.acked[n.ID] = resp.GetAcknowledgedSequence()
