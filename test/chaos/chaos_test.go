@@ -35,7 +35,7 @@ func TestChaos(t *testing.T) {
 	t.Logf("CHAOS_SEED=%d CHAOS_TIME=%s CHAOS_CLOCK=%t", seed, setup.Total, setup.Clock)
 	const poolMax = 2
 	c := harness.NewCluster(t, harness.Shape{Nodes: setup.Nodes, Proxies: 1, Disk: "2G", Flags: []string{
-		"--node-heartbeat", "500ms", "--node-down-after", "4s", "--pool-min", "1", "--pool-max", strconv.Itoa(poolMax),
+		"--node-heartbeat", "500ms", "--node-down-after", "3s", "--pool-min", "1", "--pool-max", strconv.Itoa(poolMax),
 		"--reserved-disk", "64MiB", "--sandbox-disk", "256MiB",
 	}})
 	r := NewRun(t, c, poolMax)

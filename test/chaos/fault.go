@@ -124,6 +124,9 @@ func (r *Run) drain(ctx context.Context, s step) {
 	if s.begin {
 		_, err = r.user.api.DrainNode(ctx, s.fault.Target, client.DrainNode{Reason: "chaos"})
 	} else {
+		if n, err := r.user.api.Node(ctx, s.fault.Target); err == nil && n.Drain != nil {
+			r.note(event{What: "drained", Drain: n.Drain})
+		}
 		err = r.uncordon(ctx, s.fault.Target)
 	}
 	if err != nil {

@@ -10,6 +10,7 @@ import (
 	"io"
 	"net/http"
 	"net/url"
+	"slices"
 	"strconv"
 	"time"
 
@@ -129,7 +130,7 @@ func (u *user) write(ctx context.Context, l *Ledger, slot int, b Box) error {
 	l.Set(slot, b)
 	err := u.run(ctx, b, "echo "+strconv.Itoa(b.Tried)+" >> "+file)
 	if err == nil {
-		b.Written = append(b.Written[:len(b.Written):len(b.Written)], b.Tried)
+		b.Written = append(slices.Clip(b.Written), b.Tried)
 		l.Set(slot, b)
 	}
 	return err
@@ -248,6 +249,7 @@ type event struct {
 	Slot  *int          `json:"slot,omitempty"`
 	ID    string        `json:"sandbox_id,omitempty"`
 	Fault *Fault        `json:"fault,omitempty"`
+	Drain *client.Drain `json:"drain,omitempty"`
 	Took  time.Duration `json:"took,omitempty"`
 	Err   string        `json:"err,omitempty"`
 }

@@ -8,6 +8,7 @@ package chaos
 import (
 	"math/rand/v2"
 	"slices"
+	"strconv"
 	"time"
 )
 
@@ -87,8 +88,9 @@ type Setup struct {
 }
 
 const (
-	// RoundTime is how long a round takes: ActiveTime of it things go wrong, the rest is for healing.
-	RoundTime  = 30 * time.Second
+	// RoundTime is how long a round takes.
+	RoundTime = 30 * time.Second
+	// ActiveTime is for how long of it things go wrong; the rest is for healing.
 	ActiveTime = 20 * time.Second
 	// lanes is how many faults there may be at once, beside drains.
 	lanes = 2
@@ -102,10 +104,23 @@ type card struct {
 
 func deck(clock bool) []card {
 	cards := []card{
-		{Kill, "node", ""}, {Kill, "node", ""}, {Kill, "server", ""}, {Kill, "proxy", ""}, {Power, "node", ""},
-		{Halt, "node", ""}, {Halt, "server", ""}, {Freeze, "node", ""}, {Isolate, "node", ""}, {Isolate, "server", ""},
-		{Cut, "node", "server"}, {Cut, "node", "node"}, {Cut, "node", "proxy"}, {Deaf, "node", "server"}, {Deaf, "server", "node"},
-		{Fill, "node", ""}, {Fill, "server", ""},
+		{Kill, "node", ""},
+		{Kill, "node", ""},
+		{Kill, "server", ""},
+		{Kill, "proxy", ""},
+		{Power, "node", ""},
+		{Halt, "node", ""},
+		{Halt, "server", ""},
+		{Freeze, "node", ""},
+		{Isolate, "node", ""},
+		{Isolate, "server", ""},
+		{Cut, "node", "server"},
+		{Cut, "node", "node"},
+		{Cut, "node", "proxy"},
+		{Deaf, "node", "server"},
+		{Deaf, "server", "node"},
+		{Fill, "node", ""},
+		{Fill, "server", ""},
 	}
 	if clock {
 		cards = append(cards, card{Clock, "clock", ""})
@@ -210,26 +225,31 @@ func (p *planner) machine(role, other string) string {
 	}
 }
 
-func nodeName(i int) string { return "node" + string(rune('1'+i)) }
+func nodeName(i int) string { return "node" + strconv.Itoa(i+1) }
 
 func (p *planner) load() [][]Operation {
 	out := make([][]Operation, p.setup.Slots)
 	for slot := range out {
 		for at := p.between(0, time.Second); at < ActiveTime; at += p.between(200*time.Millisecond, 1600*time.Millisecond) {
-			out[slot] = append(out[slot], Operation{At: at, Slot: slot, Verb: p.verb()})
+			out[slot] = append(out[slot], Operation{At: at, Slot: slot, Verb: p.verb(slot)})
 		}
 	}
 	return out
 }
 
-func (p *planner) verb() Verb {
-	switch n := p.rng.IntN(100); {
-	case n < 35:
-		return Write
-	case n < 55:
-		return Read
-	case n < 88:
-		return Toggle
+// verb draws what is done next. Every second slot is in no hurry: what is paused there is paused for long.
+func (p *planner) verb(slot int) Verb {
+	toggle, end := 33, 12
+	if slot%2 == 1 {
+		toggle, end = 14, 4
 	}
-	return End
+	switch n := p.rng.IntN(100); {
+	case n < end:
+		return End
+	case n < end+toggle:
+		return Toggle
+	case n%3 == 0:
+		return Read
+	}
+	return Write
 }
