@@ -47,9 +47,11 @@ type member struct {
 	epoch    int64
 	acked    int64
 	// told means that a full report came under this registration.
-	told     bool
-	lastSeen time.Time
-	load     Load
+	told bool
+	// known means that a full report came since this server started, missed that it should have registered since.
+	known, missed bool
+	lastSeen      time.Time
+	load          Load
 	// dispatched is what has been sent to the node and is in no load that it reported.
 	dispatched sandbox.Resources
 	inFlight   int
@@ -139,7 +141,7 @@ func (f *fleet) register(n sandbox.Node, images []string, now time.Time) (sandbo
 		m.load = old.load
 		m.load.Capacity = n.Capacity
 		m.dispatched, m.inFlight, m.settings = old.dispatched, old.inFlight, old.settings
-		m.state, m.stateAt = old.state, old.stateAt
+		m.state, m.stateAt, m.known = old.state, old.stateAt, old.known
 	}
 	m.label()
 	f.members[n.ID] = m
@@ -155,7 +157,9 @@ func (f *fleet) register(n sandbox.Node, images []string, now time.Time) (sandbo
 // refresh brings a node's view up to date; images is nil to keep what it has. It requires mu.
 func (f *fleet) refresh(id sandbox.NodeID, images map[string]struct{}) {
 	m := f.members[id]
-	f.routes.setNode(sandbox.NodeRoute{ID: id, Address: m.record.Address, Down: m.state == sandbox.NodeDown})
+	f.routes.setNode(sandbox.NodeRoute{
+		ID: id, Address: m.record.Address, Down: m.state == sandbox.NodeDown && (m.epoch != 0 || m.missed), Unheard: !m.known,
+	})
 	i, ok := f.at[id]
 	if !ok {
 		i = len(f.views)

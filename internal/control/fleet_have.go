@@ -223,5 +223,9 @@ func (f *fleet) toldAll(id sandbox.NodeID) {
 	defer f.mu.Unlock()
 	if m := f.members[id]; m != nil {
 		m.told = true
+		if !m.known {
+			m.known = true
+			f.refresh(id, nil)
+		}
 	}
 }

@@ -50,8 +50,12 @@ func (f *fleet) sweep(now time.Time, stalled time.Duration) []turn {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for id, m := range f.members {
-		if m.epoch == 0 {
-			continue // restored from the store and not heard of yet: down
+		if m.epoch == 0 { // restored from the store and not heard of yet: down, but traffic to it may go on for a while
+			if !m.missed && now.Sub(m.stateAt) >= f.limits.DownAfter {
+				m.missed = true
+				f.refresh(id, nil)
+			}
+			continue
 		}
 		m.lastSeen = m.lastSeen.Add(min(stalled, max(0, now.Sub(m.lastSeen))))
 		state := f.limits.stateAfter(now.Sub(m.lastSeen))

@@ -29,6 +29,8 @@ type routeLog struct {
 	version int64
 	ring    []routeChange
 	nodes   map[sandbox.NodeID]sandbox.NodeRoute
+	// heard is since which change it is known what runs on a node.
+	heard   map[sandbox.NodeID]int64
 	news    chan struct{} // closed by the next change; nil while nobody waits
 	waiting map[sandbox.ID]*routeWaiters
 }
@@ -42,7 +44,7 @@ type routeWaiters struct {
 func newRouteLog() *routeLog {
 	return &routeLog{
 		table: rand.Text(), version: 1, ring: make([]routeChange, ringLen),
-		nodes: make(map[sandbox.NodeID]sandbox.NodeRoute), waiting: make(map[sandbox.ID]*routeWaiters),
+		nodes: make(map[sandbox.NodeID]sandbox.NodeRoute), heard: make(map[sandbox.NodeID]int64), waiting: make(map[sandbox.ID]*routeWaiters),
 	}
 }
 
@@ -75,11 +77,15 @@ func (l *routeLog) setNode(n sandbox.NodeRoute) {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if known, ok := l.nodes[n.ID]; ok && known == n {
+	known, ok := l.nodes[n.ID]
+	if ok && known == n {
 		return
 	}
 	l.nodes[n.ID] = n
 	l.appendLocked(routeChange{node: n.ID})
+	if !n.Unheard && (!ok || known.Unheard) {
+		l.heard[n.ID] = l.version
+	}
 }
 
 // dropNode notes that a node has left the cluster.
@@ -90,6 +96,7 @@ func (l *routeLog) dropNode(id sandbox.NodeID) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	delete(l.nodes, id)
+	delete(l.heard, id)
 	l.appendLocked(routeChange{node: id})
 }
 
@@ -191,12 +198,23 @@ func (l *routeLog) node(id sandbox.NodeID) (sandbox.NodeRoute, bool) {
 	return n, ok
 }
 
-// allNodes returns how every node is reached.
-func (l *routeLog) allNodes() []sandbox.NodeRoute {
+// nodeFor returns how a node is reached, for a follower who has the changes up to version: to one who has not got all that
+// the node told, it is unheard.
+func (l *routeLog) nodeFor(id sandbox.NodeID, version int64) (sandbox.NodeRoute, bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	n, ok := l.nodes[id]
+	n.Unheard = n.Unheard || l.heard[id] > version
+	return n, ok
+}
+
+// allNodes returns how every node is reached, for a follower who has the changes up to version.
+func (l *routeLog) allNodes(version int64) []sandbox.NodeRoute {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	out := make([]sandbox.NodeRoute, 0, len(l.nodes))
-	for _, n := range l.nodes {
+	for id, n := range l.nodes {
+		n.Unheard = n.Unheard || l.heard[id] > version
 		out = append(out, n)
 	}
 	return out

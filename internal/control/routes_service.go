@@ -134,5 +134,5 @@ func routeToWire(r sandbox.Route) *proxyv1.Route {
 }
 
 func nodeRouteToWire(n sandbox.NodeRoute) *proxyv1.Node {
-	return &proxyv1.Node{Id: string(n.ID), Address: n.Address, Down: n.Down}
+	return &proxyv1.Node{Id: string(n.ID), Address: n.Address, Down: n.Down, Unheard: n.Unheard}
 }

@@ -341,3 +341,48 @@ func TestAwait(t *testing.T) {
 		t.Errorf("an unknown one: %v", err)
 	}
 }
+
+// TestWatchAfterRestart checks what followers are told of a node that the server has not heard yet since its start: that it
+// is not known what runs there, and no more, for as long as nodes may be silent.
+func TestWatchAfterRestart(t *testing.T) {
+	c := apitest.NewCluster(t, nil)
+	box := mustCreate(t, c, minute())
+	c.Restart(t, func(cfg *control.Config) { cfg.Limits.SuspectAfter, cfg.Limits.DownAfter = time.Millisecond, 2*time.Millisecond })
+	client := routeClient(t, c.Control, aProxy)
+	first := receive(t, watch(t, client, "", 0))
+	if n := first.GetNodes(); len(n) != 1 || !n[0].GetUnheard() || n[0].GetDown() || len(first.GetRoutes()) != 0 {
+		t.Fatalf("after the start: %v", first)
+	}
+	stream := watch(t, client, first.GetTable(), first.GetVersion())
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- c.Control.Run(ctx) }()
+	next := func(ok func(*proxyv1.Node) bool) {
+		t.Helper()
+		for {
+			msg := receive(t, stream)
+			for _, n := range msg.GetNodes() {
+				if ok(n) {
+					return
+				}
+			}
+		}
+	}
+	next(func(n *proxyv1.Node) bool { return n.GetDown() && n.GetUnheard() })
+	cancel()
+	<-done
+	c.Join(t, c.Node)
+	named := false
+	for heard := false; !heard; {
+		msg := receive(t, stream)
+		for _, r := range msg.GetRoutes() {
+			named = named || r.GetId() == string(box.ID)
+		}
+		for _, n := range msg.GetNodes() {
+			heard = heard || !n.GetUnheard()
+		}
+	}
+	if !named {
+		t.Error("the node is heard before its sandbox is named")
+	}
+}

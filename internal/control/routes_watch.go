@@ -86,7 +86,7 @@ func (c *Control) deltaOf(b routeBatch) *proxyv1.WatchResponse {
 		}
 	}
 	for _, id := range b.nodes {
-		if n, ok := c.routes.node(id); ok {
+		if n, ok := c.routes.nodeFor(id, b.upTo); ok {
 			msg.Nodes = append(msg.Nodes, nodeRouteToWire(n))
 		} else {
 			msg.Nodes = append(msg.Nodes, &proxyv1.Node{Id: string(id), Gone: true})
@@ -141,7 +141,7 @@ func (w *wholeTables) prune() {
 func (c *Control) makeTable() wholeTable {
 	t := wholeTable{version: c.routes.now(), made: time.Now()}
 	part := &proxyv1.WatchResponse{Table: c.routes.table, Snapshot: true}
-	for _, n := range c.routes.allNodes() {
+	for _, n := range c.routes.allNodes(t.version) {
 		part.Nodes = append(part.Nodes, nodeRouteToWire(n))
 	}
 	first, _ := ends()

@@ -124,6 +124,7 @@ func (t *Table) apply(ctx context.Context, msg *proxyv1.WatchResponse, w *whole)
 	if msg.GetVersion() <= 0 {
 		return changed, down
 	}
+	changed = append(changed, t.dropKeptLocked()...)
 	if w != nil {
 		changed = append(changed, t.dropUnnamedLocked(w)...)
 		t.metrics.snapshots.Inc()
@@ -152,6 +153,7 @@ func (t *Table) putNodeLocked(n *proxyv1.Node, w *whole) bool {
 
 func (t *Table) putRouteLocked(one *proxyv1.Route, w *whole) (r sandbox.Route, news bool) {
 	r = fromWire(one)
+	delete(t.kept, r.ID)
 	if one.GetGone() {
 		_, had := t.routes[r.ID]
 		delete(t.routes, r.ID)
@@ -170,20 +172,42 @@ func (t *Table) putRouteLocked(one *proxyv1.Route, w *whole) (r sandbox.Route, n
 	return r, true
 }
 
-// dropUnnamedLocked forgets what a whole table did not name, and returns the routes of that.
+// dropKeptLocked forgets what was kept of nodes that have told since what runs there, or have left the cluster, and returns
+// the routes of that.
+func (t *Table) dropKeptLocked() []sandbox.Route {
+	var dropped []sandbox.Route
+	for id := range t.kept {
+		if n, ok := t.nodes[t.routes[id].Node]; ok && n.Unheard {
+			continue
+		}
+		delete(t.kept, id)
+		delete(t.routes, id)
+		t.tellLocked(id)
+		dropped = append(dropped, gone(id))
+	}
+	return dropped
+}
+
+// dropUnnamedLocked forgets what a whole table did not name, unless that is because the server could not, and returns the
+// routes of that.
 func (t *Table) dropUnnamedLocked(w *whole) []sandbox.Route {
 	var dropped []sandbox.Route
-	for id := range t.routes {
-		if _, named := w.routes[id]; !named {
-			delete(t.routes, id)
-			t.tellLocked(id)
-			dropped = append(dropped, gone(id))
-		}
-	}
 	for id := range t.nodes {
 		if _, named := w.nodes[id]; !named {
 			delete(t.nodes, id)
 		}
+	}
+	for id, r := range t.routes {
+		if _, named := w.routes[id]; named {
+			continue
+		}
+		if t.nodes[r.Node].Unheard {
+			t.kept[id] = struct{}{}
+			continue
+		}
+		delete(t.routes, id)
+		t.tellLocked(id)
+		dropped = append(dropped, gone(id))
 	}
 	return dropped
 }

@@ -93,6 +93,8 @@ type Table struct {
 	mu     sync.RWMutex
 	routes map[sandbox.ID]sandbox.Route
 	nodes  map[sandbox.NodeID]sandbox.NodeRoute
+	// kept are sandboxes that a whole table did not name, of nodes of which the server did not know what runs there.
+	kept map[sandbox.ID]struct{}
 	// name and version are what the next Watch resumes from.
 	name    string
 	version int64
@@ -115,6 +117,7 @@ func New(cfg Config) (*Table, error) {
 		server: cfg.Server, cfg: cfg, log: cfg.Logger,
 		lookups: rate.NewLimiter(rate.Limit(cfg.LookupsPerSecond), cfg.LookupsPerSecond),
 		routes:  make(map[sandbox.ID]sandbox.Route), nodes: make(map[sandbox.NodeID]sandbox.NodeRoute),
+		kept:       make(map[sandbox.ID]struct{}),
 		staleSince: time.Now(),
 		waiting:    make(map[sandbox.ID]*waiters), asking: make(map[sandbox.ID]*question),
 		leaving: make(chan chan<- error),

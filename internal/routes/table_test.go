@@ -475,3 +475,39 @@ func TestLeave(t *testing.T) {
 	}
 	close(s)
 }
+
+// TestUnheard checks that a server that has started anew, and does not know yet what runs on a node, takes no sandbox of that
+// node away.
+func TestUnheard(t *testing.T) {
+	r := newRig(t, nil)
+	whole := func(table string, unheard bool, all ...*proxyv1.Route) *proxyv1.WatchResponse {
+		return &proxyv1.WatchResponse{
+			Table: table, Version: 1, Snapshot: true, Routes: all, Nodes: []*proxyv1.Node{{Id: "aaaaaa", Unheard: unheard}},
+		}
+	}
+	s := r.stream()
+	s <- whole("t", false, route("i1", 1), route("i2", 1))
+	for len(r.changed) < 2 {
+		<-time.After(time.Millisecond)
+	}
+	close(s)
+	s = r.stream()
+	s <- whole("u", true)
+	s <- &proxyv1.WatchResponse{Table: "u", Version: 2, Routes: []*proxyv1.Route{route("i2", 2)}}
+	for len(r.changed) < 3 { // two that were new, and one that is another
+		<-time.After(time.Millisecond)
+	}
+	r.want(t, "i1", 1)
+	r.want(t, "i2", 2)
+	s <- &proxyv1.WatchResponse{Table: "u", Version: 3, Nodes: []*proxyv1.Node{{Id: "aaaaaa"}}}
+	for {
+		if got := <-r.changed; got.State == sandbox.StateDeleted {
+			if got.ID != "i1" {
+				t.Errorf("gone: %+v", got)
+			}
+			break
+		}
+	}
+	r.want(t, "i2", 2)
+	close(s)
+}

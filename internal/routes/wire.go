@@ -36,7 +36,7 @@ func fromWire(w *proxyv1.Route) sandbox.Route {
 }
 
 func nodeFromWire(w *proxyv1.Node) sandbox.NodeRoute {
-	return sandbox.NodeRoute{ID: sandbox.NodeID(w.GetId()), Address: w.GetAddress(), Down: w.GetDown()}
+	return sandbox.NodeRoute{ID: sandbox.NodeID(w.GetId()), Address: w.GetAddress(), Down: w.GetDown(), Unheard: w.GetUnheard()}
 }
 
 // kindOfCode is the one table from what a server answers to the kinds of error.

@@ -37,6 +37,8 @@ type NodeRoute struct {
 	Address string
 	// Down means that it does not answer: what runs there cannot be reached.
 	Down bool
+	// Unheard means that the server does not know yet what runs there.
+	Unheard bool
 }
 
 // Activity is what one sandbox was used for through one proxy.

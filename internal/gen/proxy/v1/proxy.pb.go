@@ -267,8 +267,11 @@ type Node struct {
 	// HOST:PORT for members; empty where only the server can reach it.
 	Address string `protobuf:"bytes,2,opt,name=address,proto3" json:"address,omitempty"`
 	// It does not answer: what runs there cannot be reached.
-	Down          bool `protobuf:"varint,3,opt,name=down,proto3" json:"down,omitempty"`
-	Gone          bool `protobuf:"varint,4,opt,name=gone,proto3" json:"gone,omitempty"`
+	Down bool `protobuf:"varint,3,opt,name=down,proto3" json:"down,omitempty"`
+	Gone bool `protobuf:"varint,4,opt,name=gone,proto3" json:"gone,omitempty"`
+	// The server does not know yet what runs there, as after its own start: what the caller knows of the node's sandboxes stays,
+	// though a snapshot does not name them. What is not named until this ends is gone.
+	Unheard       bool `protobuf:"varint,5,opt,name=unheard,proto3" json:"unheard,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -327,6 +330,13 @@ func (x *Node) GetDown() bool {
 func (x *Node) GetGone() bool {
 	if x != nil {
 		return x.Gone
+	}
+	return false
+}
+
+func (x *Node) GetUnheard() bool {
+	if x != nil {
+		return x.Unheard
 	}
 	return false
 }
@@ -951,12 +961,13 @@ const file_proxy_v1_proxy_proto_rawDesc = "" +
 	"\x06secure\x18\x06 \x01(\bR\x06secure\x12\x1f\n" +
 	"\vauto_resume\x18\a \x01(\bR\n" +
 	"autoResume\x12\x12\n" +
-	"\x04gone\x18\b \x01(\bR\x04gone\"X\n" +
+	"\x04gone\x18\b \x01(\bR\x04gone\"r\n" +
 	"\x04Node\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x18\n" +
 	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x12\n" +
 	"\x04down\x18\x03 \x01(\bR\x04down\x12\x12\n" +
-	"\x04gone\x18\x04 \x01(\bR\x04gone\"\x1f\n" +
+	"\x04gone\x18\x04 \x01(\bR\x04gone\x12\x18\n" +
+	"\aunheard\x18\x05 \x01(\bR\aunheard\"\x1f\n" +
 	"\rLookupRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"[\n" +
 	"\x0eLookupResponse\x12%\n" +
