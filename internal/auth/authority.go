@@ -27,6 +27,8 @@ const (
 	spiffeScheme = "spiffe"
 	// maxRequest bounds a certificate request, in bytes; one with a P-256 key has about 300.
 	maxRequest = 4096
+	// maxChain bounds the certificates that a member shows of itself, in bytes; two have about 1500.
+	maxChain = 16 << 10
 )
 
 var clusterIDForm = regexp.MustCompile(`^[a-z0-9][a-z0-9-]{0,62}$`)
@@ -158,8 +160,48 @@ func (a *Authority) Sign(request []byte, m sandbox.Member, life time.Duration) (
 	return append(encodeCert(der), encodeCert(a.cert.Raw)...), leaf.NotAfter, nil
 }
 
+// ReadPast reads the last certificate of a member, which may have ended, and a PKCS #10 request by the same key: who has both is the
+// member, unless that was removed. Errors: ErrInvalid, and ErrDenied where the certificate is not by this authority, not for the
+// request's key, or ended longer than grace ago.
+func (a *Authority) ReadPast(certPEM, request []byte, grace time.Duration, now time.Time) (sandbox.PastCertificate, error) {
+	if len(certPEM) > maxChain {
+		return sandbox.PastCertificate{}, sandbox.Invalidf("a certificate of %d bytes: want at most %d", len(certPEM), maxChain)
+	}
+	key, err := requestKey(request)
+	if err != nil {
+		return sandbox.PastCertificate{}, err
+	}
+	certs, err := parseCerts(certPEM)
+	if err != nil {
+		return sandbox.PastCertificate{}, err
+	}
+	trusted, err := parseCerts(a.trusted)
+	if err != nil {
+		return sandbox.PastCertificate{}, err
+	}
+	leaf, roots := certs[0], x509.NewCertPool()
+	for _, c := range trusted {
+		roots.AddCert(c)
+	}
+	opts := x509.VerifyOptions{Roots: roots, CurrentTime: leaf.NotAfter, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}}
+	if _, err := leaf.Verify(opts); err != nil || leaf.IsCA {
+		return sandbox.PastCertificate{}, sandbox.Deniedf("the certificate is none of a member of this cluster: %v", err)
+	}
+	cluster, m, err := memberOf(leaf)
+	if err != nil {
+		return sandbox.PastCertificate{}, err
+	}
+	if own, ok := leaf.PublicKey.(*ecdsa.PublicKey); cluster != a.clusterID || !ok || !own.Equal(key) {
+		return sandbox.PastCertificate{}, sandbox.Deniedf("the request is not by the key of the certificate of %s", m)
+	}
+	if ago := now.Sub(leaf.NotAfter); ago > grace {
+		return sandbox.PastCertificate{}, sandbox.Deniedf("the certificate of %s ended %s ago, more than %s: join again with a new token", m, ago.Round(time.Second), grace)
+	}
+	return sandbox.PastCertificate{Member: m, Serial: SerialText(leaf.SerialNumber), IssuedAt: leaf.NotBefore.Add(backdate), ExpiresAt: leaf.NotAfter}, nil
+}
+
 // requestKey returns the key of a request that proves to have been made with it.
-func requestKey(request []byte) (crypto.PublicKey, error) {
+func requestKey(request []byte) (*ecdsa.PublicKey, error) {
 	if len(request) == 0 || len(request) > maxRequest {
 		return nil, sandbox.Invalidf("certificate request of %d bytes: want 1 to %d", len(request), maxRequest)
 	}

@@ -198,6 +198,20 @@ func (i *Identity) NewRequest() (Request, error) {
 	return Request{DER: der, key: key}, nil
 }
 
+// ReadmitRequest returns the last certificate of a member and a request by its key, for when that certificate has ended.
+// Errors: ErrConflict before the machine has joined.
+func (i *Identity) ReadmitRequest() (certPEM []byte, r Request, err error) {
+	h := i.now()
+	if h.cert == nil {
+		return nil, Request{}, sandbox.Conflictf("%s has no certificate yet: join first", i.member)
+	}
+	der, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, h.key)
+	if err != nil {
+		return nil, Request{}, fmt.Errorf("make certificate request of %s: %w", i.member, err)
+	}
+	return []byte(h.kept.CertPEM), Request{DER: der, key: h.key}, nil
+}
+
 // Save takes what a server answered to the request: it is written, whole or not at all, and in force for the next handshake.
 // Errors: ErrInvalid where it is not for this member, not for the request's key, or not by the authority that comes with it.
 func (i *Identity) Save(r Request, g Grant) error {

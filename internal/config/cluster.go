@@ -36,6 +36,9 @@ func (c *Config) validateCluster() error {
 	if c.CertificateLife < leastCertificate || c.CertificateLife > mostCertificate {
 		errs = append(errs, fmt.Errorf("certificate-life %s: want %s to %s", c.CertificateLife, leastCertificate, mostCertificate))
 	}
+	if c.CertificateGrace < 0 || c.CertificateGrace > mostCertificate {
+		errs = append(errs, fmt.Errorf("certificate-grace %s: want 0s, which lets nobody back, to %s", c.CertificateGrace, mostCertificate))
+	}
 	if c.SnapshotReplicas < 1 || c.SnapshotReplicas > maxReplicas {
 		errs = append(errs, fmt.Errorf("snapshot-replicas %d: want 1 to %d", c.SnapshotReplicas, maxReplicas))
 	}

@@ -39,6 +39,7 @@ type Config struct {
 	NodeAddress       string        `name:"node-address" help:"HOST or HOST:PORT of node-addr as other machines reach it; default: this machine's address on its way to the server"`
 	NodeLabels        []string      `name:"node-labels" help:"labels of this node, as KEY=VALUE"`
 	CertificateLife   time.Duration `name:"certificate-life" help:"how long a member's certificate is valid; it is renewed at a half to two thirds of that"`
+	CertificateGrace  time.Duration `name:"certificate-grace" help:"how long after the end of its certificate a member that was switched off or cut off comes back without a new token"`
 	SnapshotReplicas  int           `name:"snapshot-replicas" help:"how many nodes keep what a sandbox is paused in, where there are so many; 1 keeps it on its own node alone"`
 	TemplatePlacement string        `name:"template-placement" help:"which nodes have a template before it is asked for there: on_demand (none), all, or a number of nodes"`
 
@@ -119,7 +120,7 @@ const leastStorage = 512 << 20
 func Default() *Config {
 	return &Config{
 		DataDir: "/var/lib/cloister", Storage: StorageAuto, APIAddr: "127.0.0.1:3000", ProxyAddr: "127.0.0.1:3002", ProxyHTTP1: "fast",
-		ClusterAddr: ":3003", NodeAddr: ":3004", CertificateLife: 24 * time.Hour, SnapshotReplicas: 2, TemplatePlacement: PlaceOnDemand,
+		ClusterAddr: ":3003", NodeAddr: ":3004", CertificateLife: 24 * time.Hour, CertificateGrace: 7 * 24 * time.Hour, SnapshotReplicas: 2, TemplatePlacement: PlaceOnDemand,
 		S3Region:        "us-east-1",
 		DefaultTemplate: "base", BaseSources: []string{"e2bdev/base:latest", "debian:bookworm"}, RegistryTimeout: 5 * time.Second,
 		SandboxCPU: 2, SandboxMemory: 512 << 20, SandboxDisk: 10 << 30, MaxTimeout: 24 * time.Hour, IdleCPU: 10,

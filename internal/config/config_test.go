@@ -89,6 +89,7 @@ func TestErrorsNameValueAndRemedy(t *testing.T) {
 		{"address of a node", []string{"--node-address", "a b"}, "", []string{`"a b"`, "192.0.2.7"}},
 		{"label", []string{"--node-labels", "rack"}, "", []string{"rack", "KEY=VALUE"}},
 		{"own label", []string{"--node-labels", "cloister.dev/x=1"}, "", []string{"cloister.dev/", "choose another"}},
+		{"certificate grace", []string{"--certificate-grace", "-1s"}, "", []string{"certificate-grace -1s", "0s"}},
 		{"certificate life", []string{"--certificate-life", "1s"}, "", []string{"certificate-life 1s", "10s"}},
 		{"replicas", []string{"--snapshot-replicas", "0"}, "", []string{"snapshot-replicas 0", "1 to"}},
 		{"placement", []string{"--template-placement", "some"}, "", []string{"some", "on_demand"}},

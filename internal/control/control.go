@@ -142,6 +142,8 @@ type Config struct {
 	Authority       authority
 	Gate            gate
 	CertificateLife time.Duration
+	// CertificateGrace is how long after the end of its certificate a member comes back without a new token: 7 days by default.
+	CertificateGrace time.Duration
 	// Presences keeps which proxies there are; without it only those count that report.
 	Presences presences
 	// Random picks the scheduler's samples; nil means one seeded by the system. It is called by one goroutine at a time.

@@ -29,6 +29,8 @@ type authority interface {
 	signer
 	MintToken() (text string, err error)
 	ReadToken(text string) (id, hash string, err error)
+	// ReadPast says whose a certificate is that ended at most grace ago, by a request with its key.
+	ReadPast(certPEM, request []byte, grace time.Duration, now time.Time) (sandbox.PastCertificate, error)
 }
 
 // signer makes a member of whoever has the key of a request. Its CertPEM is what members trust.
@@ -64,6 +66,9 @@ type gate interface {
 // defaultLife is how long a member's certificate is good where nothing else is set.
 const defaultLife = 24 * time.Hour
 
+// defaultGrace is how long after the end of its certificate a member comes back without a token where nothing else is set.
+const defaultGrace = 7 * 24 * time.Hour
+
 // joining is what a server needs to have members. Without it, it is a cluster of one machine.
 type joining struct {
 	authority authority
@@ -71,6 +76,7 @@ type joining struct {
 	tokens    tokens
 	gate      gate
 	life      time.Duration
+	grace     time.Duration
 	// leavers hands those who left to Run, which ends their connections when they had time to read the answer.
 	leavers chan sandbox.Member
 }
@@ -80,10 +86,11 @@ const maxLeavers = 64
 
 func newJoining(cfg *Config) *joining {
 	j := &joining{
-		authority: cfg.Authority, members: cfg.Members, tokens: cfg.Tokens, gate: cfg.Gate, life: cfg.CertificateLife,
+		authority: cfg.Authority, members: cfg.Members, tokens: cfg.Tokens, gate: cfg.Gate, life: cfg.CertificateLife, grace: cfg.CertificateGrace,
 		leavers: make(chan sandbox.Member, maxLeavers),
 	}
 	setDefault(&j.life, defaultLife)
+	setDefault(&j.grace, defaultGrace)
 	return j
 }
 

@@ -482,3 +482,53 @@ func TestTemplates(t *testing.T) {
 		}
 	}
 }
+
+// TestReadmit has a member come back whose certificate has ended; one that was removed does not, nor by the certificate of an
+// earlier stay.
+func TestReadmit(t *testing.T) {
+	c, n := newClub(t), newNewcomer(t, "bbbbbb", "second")
+	cfg := func(grace time.Duration) func(*control.Config) {
+		return func(cfg *control.Config) {
+			cfg.Members, cfg.Tokens, cfg.Authority, cfg.Gate = c.store, c.store, c.authority, c.gate
+			cfg.CertificateLife, cfg.CertificateGrace = time.Second, grace
+		}
+	}
+	c.Restart(t, cfg(time.Hour))
+	if err := c.join(t, n, c.token(t, control.TokenRequest{})); err != nil {
+		t.Fatal(err)
+	}
+	wait(t, "its certificate ends", func() bool { return time.Now().After(n.identity.Expires()) })
+	readmit := func() error {
+		cert, r, err := n.identity.ReadmitRequest()
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp, err := c.Control.Readmit(t.Context(), &clusterv1.ReadmitRequest{Certificate: cert, CertificateRequest: r.DER})
+		if err != nil {
+			return err
+		}
+		return n.identity.Save(r, auth.Grant{CertPEM: resp.GetCertificate(), AuthorityPEM: resp.GetAuthority(), Servers: resp.GetServers()})
+	}
+	before := n.identity.Serial()
+	if err := readmit(); err != nil || n.identity.Serial() == before || !time.Now().Before(n.identity.Expires()) {
+		t.Fatalf("readmit: %v, until %s", err, n.identity.Expires())
+	}
+	wait(t, "the second ends", func() bool { return time.Now().After(n.identity.Expires()) })
+	c.Restart(t, cfg(-1))
+	if err := readmit(); !errors.Is(err, sandbox.ErrDenied) || !strings.Contains(err.Error(), "new token") {
+		t.Errorf("past the grace: %v", err)
+	}
+	c.Restart(t, cfg(time.Hour))
+	if _, err := c.Control.Leave(control.WithMember(t.Context(), n.identity.Member()), &clusterv1.LeaveRequest{}); err != nil {
+		t.Fatal(err)
+	}
+	if err := readmit(); !errors.Is(err, sandbox.ErrDenied) || !strings.Contains(err.Error(), "no member of the cluster any more") {
+		t.Errorf("removed: %v", err)
+	}
+	if err := c.store.PruneMembers(t.Context(), time.Now()); err != nil {
+		t.Fatal(err)
+	}
+	if err := readmit(); !errors.Is(err, sandbox.ErrDenied) {
+		t.Errorf("removed and forgotten: %v", err)
+	}
+}

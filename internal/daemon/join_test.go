@@ -23,6 +23,8 @@ import (
 
 // doorman lets machines join a cluster with a real authority, and keeps nothing but what it was asked.
 type doorman struct {
+	clusterv1connect.UnimplementedJoinServiceHandler
+
 	authority *auth.Authority
 	address   string
 

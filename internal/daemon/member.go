@@ -161,6 +161,9 @@ const (
 func (m *memberRole) renew(ctx context.Context) {
 	for sleepUntil(ctx, m.identity.RenewAt(time.Now(), rand.Float64())) { //nolint:gosec // spreads load
 		err := m.renewOnce(ctx)
+		if err != nil && ctx.Err() == nil && !time.Now().Before(m.identity.Expires()) {
+			err = m.comeBack(ctx)
+		}
 		if err == nil {
 			m.log.InfoContext(ctx, "certificate renewed", slog.Time("until", m.identity.Expires()))
 			continue
@@ -183,8 +186,7 @@ func (m *memberRole) tellRenewal(ctx context.Context, err error) {
 		m.log.ErrorContext(ctx, "the server refuses to renew the certificate: this machine is no member any more; `cloister leave --force` and `cloister join` with a new token make it one",
 			slog.Any("err", err))
 	case time.Now().After(m.identity.Expires()):
-		m.log.ErrorContext(ctx, "the certificate has ended and no server renews it; stop this role and repeat `cloister join` with a new token",
-			slog.Any("err", err))
+		m.log.WarnContext(ctx, "the certificate has ended and no server could be asked for a new one yet, trying again", slog.Any("err", err))
 	default:
 		m.log.WarnContext(ctx, "certificate not renewed, trying again", slog.Time("until", m.identity.Expires()), slog.Any("err", err))
 	}
@@ -203,6 +205,37 @@ func (m *memberRole) renewOnce(ctx context.Context) error {
 	}
 	if err != nil {
 		return fmt.Errorf("renew certificate: %w", err)
+	}
+	return m.identity.Save(request, auth.Grant{CertPEM: resp.GetCertificate(), AuthorityPEM: resp.GetAuthority(), Servers: resp.GetServers()})
+}
+
+// comeBack gets a certificate in place of one that has ended, with which no link can be made: on the port by which machines join,
+// from one server after the other.
+func (m *memberRole) comeBack(ctx context.Context) error {
+	cert, request, err := m.identity.ReadmitRequest()
+	if err != nil {
+		return err
+	}
+	err = sandbox.Unavailablef("no server is known")
+	for _, server := range m.servers() {
+		if err = m.comeBackBy(ctx, server, cert, request); err == nil || errors.Is(err, sandbox.ErrDenied) {
+			return err
+		}
+	}
+	return err
+}
+
+func (m *memberRole) comeBackBy(ctx context.Context, server string, cert []byte, request auth.Request) error {
+	ctx, cancel := context.WithTimeout(ctx, renewTimeout)
+	defer cancel()
+	settings := m.identity.ClientTLS(sandbox.Member{Role: sandbox.RoleServer})
+	settings.Certificates = nil // no handshake takes it
+	transport := &http.Transport{TLSClientConfig: settings, ForceAttemptHTTP2: true}
+	defer transport.CloseIdleConnections()
+	client := clusterv1connect.NewJoinServiceClient(&http.Client{Transport: transport}, "https://"+server)
+	resp, err := client.Readmit(ctx, &clusterv1.ReadmitRequest{Certificate: cert, CertificateRequest: request.DER})
+	if err != nil {
+		return fmt.Errorf("come back by way of %s: %w", server, joinError(err))
 	}
 	return m.identity.Save(request, auth.Grant{CertPEM: resp.GetCertificate(), AuthorityPEM: resp.GetAuthority(), Servers: resp.GetServers()})
 }

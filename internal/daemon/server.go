@@ -3,6 +3,7 @@ package daemon
 import (
 	"context"
 	"fmt"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 
@@ -58,7 +59,7 @@ func (d *daemon) buildServer(ctx context.Context) error {
 			Bucket:            d.cfg.S3Bucket != "",
 			TemplatePlacement: d.cfg.PlacementCount(),
 		},
-		Authority: d.cluster.authority, Members: st, Tokens: st, Gate: d.cluster, CertificateLife: d.cfg.CertificateLife, Presences: st,
+		Authority: d.cluster.authority, Members: st, Tokens: st, Gate: d.cluster, CertificateLife: d.cfg.CertificateLife, CertificateGrace: orNone(d.cfg.CertificateGrace), Presences: st,
 		Policy:    policy,
 		UploadDir: d.path("server", "uploads"),
 		About:     control.About{Version: d.version, APIURL: d.cfg.PublicAPIURL, ProxyURL: d.cfg.PublicProxyURL, Ready: d.ready.Load},
@@ -162,4 +163,12 @@ func (e events) Query(ctx context.Context, q control.EventQuery) ([]control.Even
 		})
 	}
 	return out, nil
+}
+
+// orNone is a certificate's grace as control takes it, where 0 means its default.
+func orNone(grace time.Duration) time.Duration {
+	if grace == 0 {
+		return -1
+	}
+	return grace
 }

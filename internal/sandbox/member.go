@@ -1,6 +1,9 @@
 package sandbox
 
-import "regexp"
+import (
+	"regexp"
+	"time"
+)
 
 // Role is what a member of the cluster does.
 type Role string
@@ -36,4 +39,14 @@ func CheckMember(m Member) error {
 		return Invalidf("id %.40q: want 6 characters of a-z and 0-9", m.ID)
 	}
 	return nil
+}
+
+// PastCertificate is the certificate of a member, which may have ended.
+type PastCertificate struct {
+	Member Member
+	// Serial is its number in lower-case hex.
+	Serial string
+	// IssuedAt is when it was given, to the second.
+	IssuedAt  time.Time
+	ExpiresAt time.Time
 }

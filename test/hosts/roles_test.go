@@ -137,6 +137,24 @@ func TestCertificatesAreRenewed(t *testing.T) {
 	})
 }
 
+// TestComesBackAfterItsCertificateEnded has a node off for longer than its certificate is good.
+func TestComesBackAfterItsCertificateEnded(t *testing.T) {
+	const life = 10 * time.Second
+	c := harness.NewCluster(t, harness.Shape{Nodes: 1, Flags: []string{"--certificate-life", life.String()}})
+	node := c.Nodes[0]
+	last, err := node.Client().Status(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	node.Signal(os.Interrupt)
+	c.Wait("the end of its certificate", func(context.Context) bool { return time.Now().After(last.Member.CertificateExpiresAt.Add(life)) })
+	node.Again()
+	c.Wait("the node to be back", func(ctx context.Context) bool {
+		n, err := c.Node(ctx, node)
+		return err == nil && n.State == "ready"
+	})
+}
+
 // TestLeave takes a node out of its cluster, which it refuses while it has sandboxes, and lets the machine join again.
 func TestLeave(t *testing.T) {
 	c := harness.NewCluster(t, harness.Shape{Nodes: 1})

@@ -242,6 +242,128 @@ func (x *JoinResponse) GetExpiresAt() *timestamppb.Timestamp {
 	return nil
 }
 
+type ReadmitRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// PEM of the last certificate.
+	Certificate []byte `protobuf:"bytes,1,opt,name=certificate,proto3" json:"certificate,omitempty"`
+	// DER of a PKCS #10 request by the key of that certificate, which proves who asks.
+	CertificateRequest []byte `protobuf:"bytes,2,opt,name=certificate_request,json=certificateRequest,proto3" json:"certificate_request,omitempty"`
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
+}
+
+func (x *ReadmitRequest) Reset() {
+	*x = ReadmitRequest{}
+	mi := &file_cluster_v1_cluster_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReadmitRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReadmitRequest) ProtoMessage() {}
+
+func (x *ReadmitRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_cluster_v1_cluster_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReadmitRequest.ProtoReflect.Descriptor instead.
+func (*ReadmitRequest) Descriptor() ([]byte, []int) {
+	return file_cluster_v1_cluster_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *ReadmitRequest) GetCertificate() []byte {
+	if x != nil {
+		return x.Certificate
+	}
+	return nil
+}
+
+func (x *ReadmitRequest) GetCertificateRequest() []byte {
+	if x != nil {
+		return x.CertificateRequest
+	}
+	return nil
+}
+
+type ReadmitResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Certificate   []byte                 `protobuf:"bytes,1,opt,name=certificate,proto3" json:"certificate,omitempty"`
+	Authority     []byte                 `protobuf:"bytes,2,opt,name=authority,proto3" json:"authority,omitempty"`
+	Servers       []string               `protobuf:"bytes,3,rep,name=servers,proto3" json:"servers,omitempty"`
+	ExpiresAt     *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=expires_at,json=expiresAt,proto3" json:"expires_at,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReadmitResponse) Reset() {
+	*x = ReadmitResponse{}
+	mi := &file_cluster_v1_cluster_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReadmitResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReadmitResponse) ProtoMessage() {}
+
+func (x *ReadmitResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_cluster_v1_cluster_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReadmitResponse.ProtoReflect.Descriptor instead.
+func (*ReadmitResponse) Descriptor() ([]byte, []int) {
+	return file_cluster_v1_cluster_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *ReadmitResponse) GetCertificate() []byte {
+	if x != nil {
+		return x.Certificate
+	}
+	return nil
+}
+
+func (x *ReadmitResponse) GetAuthority() []byte {
+	if x != nil {
+		return x.Authority
+	}
+	return nil
+}
+
+func (x *ReadmitResponse) GetServers() []string {
+	if x != nil {
+		return x.Servers
+	}
+	return nil
+}
+
+func (x *ReadmitResponse) GetExpiresAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.ExpiresAt
+	}
+	return nil
+}
+
 type RenewRequest struct {
 	state              protoimpl.MessageState `protogen:"open.v1"`
 	CertificateRequest []byte                 `protobuf:"bytes,1,opt,name=certificate_request,json=certificateRequest,proto3" json:"certificate_request,omitempty"`
@@ -251,7 +373,7 @@ type RenewRequest struct {
 
 func (x *RenewRequest) Reset() {
 	*x = RenewRequest{}
-	mi := &file_cluster_v1_cluster_proto_msgTypes[2]
+	mi := &file_cluster_v1_cluster_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -263,7 +385,7 @@ func (x *RenewRequest) String() string {
 func (*RenewRequest) ProtoMessage() {}
 
 func (x *RenewRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_cluster_v1_cluster_proto_msgTypes[2]
+	mi := &file_cluster_v1_cluster_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -276,7 +398,7 @@ func (x *RenewRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewRequest.ProtoReflect.Descriptor instead.
 func (*RenewRequest) Descriptor() ([]byte, []int) {
-	return file_cluster_v1_cluster_proto_rawDescGZIP(), []int{2}
+	return file_cluster_v1_cluster_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *RenewRequest) GetCertificateRequest() []byte {
@@ -298,7 +420,7 @@ type RenewResponse struct {
 
 func (x *RenewResponse) Reset() {
 	*x = RenewResponse{}
-	mi := &file_cluster_v1_cluster_proto_msgTypes[3]
+	mi := &file_cluster_v1_cluster_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -310,7 +432,7 @@ func (x *RenewResponse) String() string {
 func (*RenewResponse) ProtoMessage() {}
 
 func (x *RenewResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_cluster_v1_cluster_proto_msgTypes[3]
+	mi := &file_cluster_v1_cluster_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -323,7 +445,7 @@ func (x *RenewResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewResponse.ProtoReflect.Descriptor instead.
 func (*RenewResponse) Descriptor() ([]byte, []int) {
-	return file_cluster_v1_cluster_proto_rawDescGZIP(), []int{3}
+	return file_cluster_v1_cluster_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *RenewResponse) GetCertificate() []byte {
@@ -364,7 +486,7 @@ type LeaveRequest struct {
 
 func (x *LeaveRequest) Reset() {
 	*x = LeaveRequest{}
-	mi := &file_cluster_v1_cluster_proto_msgTypes[4]
+	mi := &file_cluster_v1_cluster_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -376,7 +498,7 @@ func (x *LeaveRequest) String() string {
 func (*LeaveRequest) ProtoMessage() {}
 
 func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_cluster_v1_cluster_proto_msgTypes[4]
+	mi := &file_cluster_v1_cluster_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -389,7 +511,7 @@ func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveRequest.ProtoReflect.Descriptor instead.
 func (*LeaveRequest) Descriptor() ([]byte, []int) {
-	return file_cluster_v1_cluster_proto_rawDescGZIP(), []int{4}
+	return file_cluster_v1_cluster_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *LeaveRequest) GetForce() bool {
@@ -407,7 +529,7 @@ type LeaveResponse struct {
 
 func (x *LeaveResponse) Reset() {
 	*x = LeaveResponse{}
-	mi := &file_cluster_v1_cluster_proto_msgTypes[5]
+	mi := &file_cluster_v1_cluster_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -419,7 +541,7 @@ func (x *LeaveResponse) String() string {
 func (*LeaveResponse) ProtoMessage() {}
 
 func (x *LeaveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_cluster_v1_cluster_proto_msgTypes[5]
+	mi := &file_cluster_v1_cluster_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -432,7 +554,7 @@ func (x *LeaveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveResponse.ProtoReflect.Descriptor instead.
 func (*LeaveResponse) Descriptor() ([]byte, []int) {
-	return file_cluster_v1_cluster_proto_rawDescGZIP(), []int{5}
+	return file_cluster_v1_cluster_proto_rawDescGZIP(), []int{7}
 }
 
 type TemplatesRequest struct {
@@ -445,7 +567,7 @@ type TemplatesRequest struct {
 
 func (x *TemplatesRequest) Reset() {
 	*x = TemplatesRequest{}
-	mi := &file_cluster_v1_cluster_proto_msgTypes[6]
+	mi := &file_cluster_v1_cluster_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -457,7 +579,7 @@ func (x *TemplatesRequest) String() string {
 func (*TemplatesRequest) ProtoMessage() {}
 
 func (x *TemplatesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_cluster_v1_cluster_proto_msgTypes[6]
+	mi := &file_cluster_v1_cluster_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -470,7 +592,7 @@ func (x *TemplatesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TemplatesRequest.ProtoReflect.Descriptor instead.
 func (*TemplatesRequest) Descriptor() ([]byte, []int) {
-	return file_cluster_v1_cluster_proto_rawDescGZIP(), []int{6}
+	return file_cluster_v1_cluster_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *TemplatesRequest) GetVersion() string {
@@ -493,7 +615,7 @@ type TemplatesResponse struct {
 
 func (x *TemplatesResponse) Reset() {
 	*x = TemplatesResponse{}
-	mi := &file_cluster_v1_cluster_proto_msgTypes[7]
+	mi := &file_cluster_v1_cluster_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -505,7 +627,7 @@ func (x *TemplatesResponse) String() string {
 func (*TemplatesResponse) ProtoMessage() {}
 
 func (x *TemplatesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_cluster_v1_cluster_proto_msgTypes[7]
+	mi := &file_cluster_v1_cluster_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -518,7 +640,7 @@ func (x *TemplatesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TemplatesResponse.ProtoReflect.Descriptor instead.
 func (*TemplatesResponse) Descriptor() ([]byte, []int) {
-	return file_cluster_v1_cluster_proto_rawDescGZIP(), []int{7}
+	return file_cluster_v1_cluster_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *TemplatesResponse) GetVersion() string {
@@ -562,7 +684,16 @@ const file_cluster_v1_cluster_proto_rawDesc = "" +
 	"cluster_id\x18\x03 \x01(\tR\tclusterId\x12\x18\n" +
 	"\aservers\x18\x04 \x03(\tR\aservers\x129\n" +
 	"\n" +
-	"expires_at\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\texpiresAt\"?\n" +
+	"expires_at\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\texpiresAt\"c\n" +
+	"\x0eReadmitRequest\x12 \n" +
+	"\vcertificate\x18\x01 \x01(\fR\vcertificate\x12/\n" +
+	"\x13certificate_request\x18\x02 \x01(\fR\x12certificateRequest\"\xa6\x01\n" +
+	"\x0fReadmitResponse\x12 \n" +
+	"\vcertificate\x18\x01 \x01(\fR\vcertificate\x12\x1c\n" +
+	"\tauthority\x18\x02 \x01(\fR\tauthority\x12\x18\n" +
+	"\aservers\x18\x03 \x03(\tR\aservers\x129\n" +
+	"\n" +
+	"expires_at\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\texpiresAt\"?\n" +
 	"\fRenewRequest\x12/\n" +
 	"\x13certificate_request\x18\x01 \x01(\fR\x12certificateRequest\"\xa4\x01\n" +
 	"\rRenewResponse\x12 \n" +
@@ -585,9 +716,10 @@ const file_cluster_v1_cluster_proto_rawDesc = "" +
 	"\tROLE_NODE\x10\x01\x12\x0e\n" +
 	"\n" +
 	"ROLE_PROXY\x10\x02\x12\x0f\n" +
-	"\vROLE_SERVER\x10\x032H\n" +
+	"\vROLE_SERVER\x10\x032\x8c\x01\n" +
 	"\vJoinService\x129\n" +
-	"\x04Join\x12\x17.cluster.v1.JoinRequest\x1a\x18.cluster.v1.JoinResponse2\xd5\x01\n" +
+	"\x04Join\x12\x17.cluster.v1.JoinRequest\x1a\x18.cluster.v1.JoinResponse\x12B\n" +
+	"\aReadmit\x12\x1a.cluster.v1.ReadmitRequest\x1a\x1b.cluster.v1.ReadmitResponse2\xd5\x01\n" +
 	"\rMemberService\x12<\n" +
 	"\x05Renew\x12\x18.cluster.v1.RenewRequest\x1a\x19.cluster.v1.RenewResponse\x12<\n" +
 	"\x05Leave\x12\x18.cluster.v1.LeaveRequest\x1a\x19.cluster.v1.LeaveResponse\x12H\n" +
@@ -606,36 +738,41 @@ func file_cluster_v1_cluster_proto_rawDescGZIP() []byte {
 }
 
 var file_cluster_v1_cluster_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_cluster_v1_cluster_proto_msgTypes = make([]protoimpl.MessageInfo, 8)
+var file_cluster_v1_cluster_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
 var file_cluster_v1_cluster_proto_goTypes = []any{
 	(Role)(0),                     // 0: cluster.v1.Role
 	(*JoinRequest)(nil),           // 1: cluster.v1.JoinRequest
 	(*JoinResponse)(nil),          // 2: cluster.v1.JoinResponse
-	(*RenewRequest)(nil),          // 3: cluster.v1.RenewRequest
-	(*RenewResponse)(nil),         // 4: cluster.v1.RenewResponse
-	(*LeaveRequest)(nil),          // 5: cluster.v1.LeaveRequest
-	(*LeaveResponse)(nil),         // 6: cluster.v1.LeaveResponse
-	(*TemplatesRequest)(nil),      // 7: cluster.v1.TemplatesRequest
-	(*TemplatesResponse)(nil),     // 8: cluster.v1.TemplatesResponse
-	(*timestamppb.Timestamp)(nil), // 9: google.protobuf.Timestamp
+	(*ReadmitRequest)(nil),        // 3: cluster.v1.ReadmitRequest
+	(*ReadmitResponse)(nil),       // 4: cluster.v1.ReadmitResponse
+	(*RenewRequest)(nil),          // 5: cluster.v1.RenewRequest
+	(*RenewResponse)(nil),         // 6: cluster.v1.RenewResponse
+	(*LeaveRequest)(nil),          // 7: cluster.v1.LeaveRequest
+	(*LeaveResponse)(nil),         // 8: cluster.v1.LeaveResponse
+	(*TemplatesRequest)(nil),      // 9: cluster.v1.TemplatesRequest
+	(*TemplatesResponse)(nil),     // 10: cluster.v1.TemplatesResponse
+	(*timestamppb.Timestamp)(nil), // 11: google.protobuf.Timestamp
 }
 var file_cluster_v1_cluster_proto_depIdxs = []int32{
-	0, // 0: cluster.v1.JoinRequest.role:type_name -> cluster.v1.Role
-	9, // 1: cluster.v1.JoinResponse.expires_at:type_name -> google.protobuf.Timestamp
-	9, // 2: cluster.v1.RenewResponse.expires_at:type_name -> google.protobuf.Timestamp
-	1, // 3: cluster.v1.JoinService.Join:input_type -> cluster.v1.JoinRequest
-	3, // 4: cluster.v1.MemberService.Renew:input_type -> cluster.v1.RenewRequest
-	5, // 5: cluster.v1.MemberService.Leave:input_type -> cluster.v1.LeaveRequest
-	7, // 6: cluster.v1.MemberService.Templates:input_type -> cluster.v1.TemplatesRequest
-	2, // 7: cluster.v1.JoinService.Join:output_type -> cluster.v1.JoinResponse
-	4, // 8: cluster.v1.MemberService.Renew:output_type -> cluster.v1.RenewResponse
-	6, // 9: cluster.v1.MemberService.Leave:output_type -> cluster.v1.LeaveResponse
-	8, // 10: cluster.v1.MemberService.Templates:output_type -> cluster.v1.TemplatesResponse
-	7, // [7:11] is the sub-list for method output_type
-	3, // [3:7] is the sub-list for method input_type
-	3, // [3:3] is the sub-list for extension type_name
-	3, // [3:3] is the sub-list for extension extendee
-	0, // [0:3] is the sub-list for field type_name
+	0,  // 0: cluster.v1.JoinRequest.role:type_name -> cluster.v1.Role
+	11, // 1: cluster.v1.JoinResponse.expires_at:type_name -> google.protobuf.Timestamp
+	11, // 2: cluster.v1.ReadmitResponse.expires_at:type_name -> google.protobuf.Timestamp
+	11, // 3: cluster.v1.RenewResponse.expires_at:type_name -> google.protobuf.Timestamp
+	1,  // 4: cluster.v1.JoinService.Join:input_type -> cluster.v1.JoinRequest
+	3,  // 5: cluster.v1.JoinService.Readmit:input_type -> cluster.v1.ReadmitRequest
+	5,  // 6: cluster.v1.MemberService.Renew:input_type -> cluster.v1.RenewRequest
+	7,  // 7: cluster.v1.MemberService.Leave:input_type -> cluster.v1.LeaveRequest
+	9,  // 8: cluster.v1.MemberService.Templates:input_type -> cluster.v1.TemplatesRequest
+	2,  // 9: cluster.v1.JoinService.Join:output_type -> cluster.v1.JoinResponse
+	4,  // 10: cluster.v1.JoinService.Readmit:output_type -> cluster.v1.ReadmitResponse
+	6,  // 11: cluster.v1.MemberService.Renew:output_type -> cluster.v1.RenewResponse
+	8,  // 12: cluster.v1.MemberService.Leave:output_type -> cluster.v1.LeaveResponse
+	10, // 13: cluster.v1.MemberService.Templates:output_type -> cluster.v1.TemplatesResponse
+	9,  // [9:14] is the sub-list for method output_type
+	4,  // [4:9] is the sub-list for method input_type
+	4,  // [4:4] is the sub-list for extension type_name
+	4,  // [4:4] is the sub-list for extension extendee
+	0,  // [0:4] is the sub-list for field type_name
 }
 
 func init() { file_cluster_v1_cluster_proto_init() }
@@ -649,7 +786,7 @@ func file_cluster_v1_cluster_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_cluster_v1_cluster_proto_rawDesc), len(file_cluster_v1_cluster_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   8,
+			NumMessages:   10,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -38,6 +38,8 @@ const (
 const (
 	// JoinServiceJoinProcedure is the fully-qualified name of the JoinService's Join RPC.
 	JoinServiceJoinProcedure = "/cluster.v1.JoinService/Join"
+	// JoinServiceReadmitProcedure is the fully-qualified name of the JoinService's Readmit RPC.
+	JoinServiceReadmitProcedure = "/cluster.v1.JoinService/Readmit"
 	// MemberServiceRenewProcedure is the fully-qualified name of the MemberService's Renew RPC.
 	MemberServiceRenewProcedure = "/cluster.v1.MemberService/Renew"
 	// MemberServiceLeaveProcedure is the fully-qualified name of the MemberService's Leave RPC.
@@ -48,9 +50,12 @@ const (
 
 // JoinServiceClient is a client for the cluster.v1.JoinService service.
 type JoinServiceClient interface {
-	// Join makes a machine a member, for a token. It is the only call that needs no certificate. Repeated by the same
+	// Join makes a machine a member, for a token. Like Readmit it needs no certificate. Repeated by the same
 	// machine it gives the same identity and uses the token up once.
 	Join(context.Context, *v1.JoinRequest) (*v1.JoinResponse, error)
+	// Readmit gives a member a new certificate whose last one ended a while ago, as after it was switched off or cut off for long:
+	// no connection takes such a certificate. PERMISSION_DENIED where it ended too long ago or the member was removed.
+	Readmit(context.Context, *v1.ReadmitRequest) (*v1.ReadmitResponse, error)
 }
 
 // NewJoinServiceClient constructs a client for the cluster.v1.JoinService service. By default, it
@@ -70,12 +75,19 @@ func NewJoinServiceClient(httpClient connect.HTTPClient, baseURL string, opts ..
 			connect.WithSchema(joinServiceMethods.ByName("Join")),
 			connect.WithClientOptions(opts...),
 		),
+		readmit: connect.NewClient[v1.ReadmitRequest, v1.ReadmitResponse](
+			httpClient,
+			baseURL+JoinServiceReadmitProcedure,
+			connect.WithSchema(joinServiceMethods.ByName("Readmit")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
 // joinServiceClient implements JoinServiceClient.
 type joinServiceClient struct {
-	join *connect.Client[v1.JoinRequest, v1.JoinResponse]
+	join    *connect.Client[v1.JoinRequest, v1.JoinResponse]
+	readmit *connect.Client[v1.ReadmitRequest, v1.ReadmitResponse]
 }
 
 // Join calls cluster.v1.JoinService.Join.
@@ -87,11 +99,23 @@ func (c *joinServiceClient) Join(ctx context.Context, req *v1.JoinRequest) (*v1.
 	return nil, err
 }
 
+// Readmit calls cluster.v1.JoinService.Readmit.
+func (c *joinServiceClient) Readmit(ctx context.Context, req *v1.ReadmitRequest) (*v1.ReadmitResponse, error) {
+	response, err := c.readmit.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
 // JoinServiceHandler is an implementation of the cluster.v1.JoinService service.
 type JoinServiceHandler interface {
-	// Join makes a machine a member, for a token. It is the only call that needs no certificate. Repeated by the same
+	// Join makes a machine a member, for a token. Like Readmit it needs no certificate. Repeated by the same
 	// machine it gives the same identity and uses the token up once.
 	Join(context.Context, *v1.JoinRequest) (*v1.JoinResponse, error)
+	// Readmit gives a member a new certificate whose last one ended a while ago, as after it was switched off or cut off for long:
+	// no connection takes such a certificate. PERMISSION_DENIED where it ended too long ago or the member was removed.
+	Readmit(context.Context, *v1.ReadmitRequest) (*v1.ReadmitResponse, error)
 }
 
 // NewJoinServiceHandler builds an HTTP handler from the service implementation. It returns the path
@@ -107,10 +131,18 @@ func NewJoinServiceHandler(svc JoinServiceHandler, opts ...connect.HandlerOption
 		connect.WithSchema(joinServiceMethods.ByName("Join")),
 		connect.WithHandlerOptions(opts...),
 	)
+	joinServiceReadmitHandler := connect.NewUnaryHandlerSimple(
+		JoinServiceReadmitProcedure,
+		svc.Readmit,
+		connect.WithSchema(joinServiceMethods.ByName("Readmit")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/cluster.v1.JoinService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case JoinServiceJoinProcedure:
 			joinServiceJoinHandler.ServeHTTP(w, r)
+		case JoinServiceReadmitProcedure:
+			joinServiceReadmitHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -122,6 +154,10 @@ type UnimplementedJoinServiceHandler struct{}
 
 func (UnimplementedJoinServiceHandler) Join(context.Context, *v1.JoinRequest) (*v1.JoinResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("cluster.v1.JoinService.Join is not implemented"))
+}
+
+func (UnimplementedJoinServiceHandler) Readmit(context.Context, *v1.ReadmitRequest) (*v1.ReadmitResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("cluster.v1.JoinService.Readmit is not implemented"))
 }
 
 // MemberServiceClient is a client for the cluster.v1.MemberService service.
