@@ -79,7 +79,7 @@ type Round struct {
 
 // Setup is what a plan is for.
 type Setup struct {
-	// Total is how long the run should take, in rounds of RoundTime.
+	// Total is for how long things go wrong, in rounds of ActiveTime.
 	Total time.Duration
 	Nodes int
 	Slots int
@@ -88,12 +88,12 @@ type Setup struct {
 }
 
 const (
-	// RoundTime is how long a round takes.
-	RoundTime = 30 * time.Second
-	// ActiveTime is for how long of it things go wrong; the rest is for healing.
+	// ActiveTime is for how long things go wrong in a round; healing comes on top.
 	ActiveTime = 20 * time.Second
 	// lanes is how many faults there may be at once, beside drains.
 	lanes = 2
+	// maxStep bounds for how long the clock is wrong: other programs use it, too.
+	maxStep = 2 * time.Second
 )
 
 // card is a kind of fault at a kind of machine; of one that says peer, the other end is another machine.
@@ -140,7 +140,7 @@ type planner struct {
 // Make returns the plan of a seed. The same seed and set-up give the same plan.
 func Make(seed uint64, s Setup) []Round {
 	p := &planner{rng: rand.New(rand.NewPCG(seed, 0)), setup: s} //nolint:gosec // it is to be repeatable
-	rounds := make([]Round, max(1, int(s.Total/RoundTime)))
+	rounds := make([]Round, max(1, int(s.Total/ActiveTime)))
 	for i := range rounds {
 		rounds[i] = Round{Faults: p.faults(), Load: p.load()}
 	}
@@ -193,6 +193,7 @@ func (p *planner) deal(at, length time.Duration) Fault {
 				f.Peer = p.machine(c.peer, f.Target)
 			}
 			if c.kind == Clock {
+				f.For = min(f.For, maxStep)
 				f.Step = p.between(5*time.Second, time.Minute) * time.Duration(1-2*p.rng.IntN(2))
 			}
 			if p.busy[f.Target] > at || p.busy[f.Peer] > at {

@@ -16,7 +16,7 @@ func TestPlanIsRepeated(t *testing.T) {
 	if cmp.Equal(one, Make(8, s)) {
 		t.Error("another seed gives the same plan")
 	}
-	if len(one) != 20 {
+	if len(one) != 30 {
 		t.Errorf("%d rounds in %s", len(one), s.Total)
 	}
 }
