@@ -91,6 +91,8 @@ type Limits struct {
 	// TemplatePlacement is how many nodes get a template before it is asked for there: 0, which is the default, for none
 	// and -1 for all. A template's own setting goes before it.
 	TemplatePlacement int
+	// OneNode means that this control is a node's own: a server keeps what has ended there, and knows what went elsewhere.
+	OneNode bool
 }
 
 func (l Limits) withDefaults() Limits {

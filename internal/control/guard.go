@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
+	"strings"
 
 	agentv1 "github.com/cloister-dev/cloister/internal/gen/agent/v1"
 	"github.com/cloister-dev/cloister/internal/sandbox"
@@ -112,7 +113,20 @@ func (c *Control) guard(ctx context.Context, r sandbox.Replica) error {
 	if had && old.Checkpoint != r.Checkpoint {
 		c.copies.spare(old)
 	}
+	c.note(ctx, Event{Type: "replicated", NodeID: r.Home, SandboxID: r.ID, Message: "a copy of what it is paused in is kept by " + c.keepers(&r)})
 	return nil
+}
+
+// keepers names who can bring a sandbox back beside its node.
+func (c *Control) keepers(r *sandbox.Replica) string {
+	all := make([]string, 0, len(r.Holders)+1)
+	for _, h := range r.Holders {
+		all = append(all, "node "+c.fleet.nameOf(h))
+	}
+	if r.Bucket {
+		all = append(all, "the bucket")
+	}
+	return strings.Join(all, ", ")
 }
 
 // recoverBox has a holder of its checkpoint become the home of a paused sandbox whose node is given up, and has it take it.

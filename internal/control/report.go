@@ -115,6 +115,9 @@ func (c *Control) take(change string, e *entry, now time.Time) {
 	if change == "forgotten" {
 		c.strays.resolve(box.ID, box.NodeID)
 		c.strays.forgotten(box.ID, box.NodeID)
+		if c.limits.OneNode {
+			c.index.apply(&entry{box: givenUp(box), sequence: e.sequence, epoch: e.epoch}, now)
+		}
 		return
 	}
 	if !box.State.Ended() && (c.noted.doomed(box.ID) || box.Received || c.noted.outdated(box)) {
@@ -133,6 +136,13 @@ func (c *Control) take(change string, e *entry, now time.Time) {
 }
 
 const lostReason = "its node does not have it any more"
+
+// givenUp returns a sandbox as one that its node has given up.
+func givenUp(box *sandbox.Sandbox) sandbox.Sandbox {
+	out := *box
+	out.State, out.Reason = sandbox.StateDeleted, lostReason
+	return out
+}
 
 // markMissing marks as lost what a node does not name in its full report. What was created there under the present
 // registration is left out: the report may have been written before. So is what is brought back from a replica.
@@ -154,6 +164,10 @@ func (c *Control) markMissing(node sandbox.NodeID, epoch int64, named map[sandbo
 			}
 			e.was = ""
 			e.box.State, e.box.Reason, e.box.EndedAt = sandbox.StateLost, lostReason, now
+			if c.limits.OneNode { // it ended or went elsewhere while it was not told
+				e.box = givenUp(&e.box)
+				return true
+			}
 			events = append(events, Event{Time: now, Type: "lost", NodeID: node, SandboxID: id, Message: lostReason})
 			return true
 		})

@@ -68,6 +68,21 @@ func TestRestartFindsSandboxes(t *testing.T) {
 	}
 }
 
+// TestNodeByItselfForgetsWhatItHasNotAnyMore has a node's own control not call lost what ended, or went elsewhere, untold.
+func TestNodeByItselfForgetsWhatItHasNotAnyMore(t *testing.T) {
+	c := apitest.NewCluster(t, func(cfg *control.Config) { cfg.Limits.OneNode = true })
+	kept, gone := mustCreate(t, c, minute()), mustCreate(t, c, minute())
+	c.Join(t, c.Node)
+	c.Node.Lose(gone.ID)
+	c.Join(t, c.Node)
+	if got, err := c.Control.Get(t.Context(), kept.ID); err != nil || got.State != sandbox.StateRunning {
+		t.Errorf("%+v, %v", got, err)
+	}
+	if got, err := c.Control.Get(t.Context(), gone.ID); !errors.Is(err, sandbox.ErrNotFound) {
+		t.Errorf("%+v, %v; want it not found", got, err)
+	}
+}
+
 func TestFullReportSparesTheNew(t *testing.T) {
 	c := apitest.NewCluster(t, nil)
 	box := mustCreate(t, c, minute())

@@ -96,7 +96,7 @@ func (a *alone) begin(ctx context.Context, secret []byte) error {
 		Secrets: st, Keys: st, History: events{a.history}, Log: a.d.log,
 		Limits: control.Limits{
 			MaxTimeout: a.d.cfg.MaxTimeout, DefaultResources: a.d.defaultResources(), SuspectAfter: a.d.cfg.SuspectAfter(),
-			DownAfter: a.d.cfg.NodeDownAfter, SnapshotReplicas: 1,
+			DownAfter: a.d.cfg.NodeDownAfter, SnapshotReplicas: 1, OneNode: true,
 		},
 		Policy: policy, UploadDir: a.d.path("node", "uploads"),
 		About: control.About{Version: a.d.version, Member: a.d.member.membership},

@@ -16,7 +16,7 @@ import (
 )
 
 // clusterTimeout bounds how long a cluster may take to be whole.
-const clusterTimeout = 2 * time.Minute
+const clusterTimeout = time.Minute
 
 // Shape is what a cluster is made of.
 type Shape struct {

@@ -137,14 +137,20 @@ func (m *Machine) LogLines(text string, most int) []string {
 
 func (m *Machine) logFile() string { return filepath.Join(m.Dir, "test.log") }
 
-// Log is the end of what the machine's daemons have logged.
+// Log is the end of what the machine's daemons have logged, without the details.
 func (m *Machine) Log() string {
 	const most = 32 << 10
 	text, err := os.ReadFile(m.logFile())
 	if err != nil {
 		return err.Error()
 	}
-	return string(text[max(len(text)-most, 0):])
+	var kept []byte
+	for line := range bytes.Lines(text) {
+		if !bytes.Contains(line, []byte(`"level":"DEBUG"`)) {
+			kept = append(kept, line...)
+		}
+	}
+	return string(kept[max(len(kept)-most, 0):])
 }
 
 // Signal sends the daemon a signal and waits until it has ended; its sandboxes go on.
