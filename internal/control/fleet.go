@@ -132,7 +132,7 @@ func (f *fleet) register(n sandbox.Node, images []string, now time.Time) (sandbo
 	f.epoch = max(f.epoch+1, now.UnixNano())
 	n.RegisteredAt, n.State = now, sandbox.NodeReady
 	m := &member{
-		record: n, state: sandbox.NodeReady, stateAt: now, epoch: f.epoch, lastSeen: now, load: Load{Capacity: n.Capacity},
+		record: n, state: sandbox.NodeReady, stateAt: now, epoch: f.epoch, lastSeen: time.Now(), load: Load{Capacity: n.Capacity},
 	}
 	if old := f.members[n.ID]; old != nil {
 		if !old.record.RegisteredAt.IsZero() {
@@ -200,7 +200,7 @@ func (f *fleet) heard(id sandbox.NodeID, epoch int64, load *agentv1.Load, now ti
 
 // seen notes a sign of life. It requires mu.
 func (f *fleet) seen(m *member, now time.Time) {
-	m.lastSeen = now
+	m.lastSeen = time.Now() // by the clock that nobody sets: now, in UTC, has that no more
 	if m.epoch != 0 {
 		f.turn(m, sandbox.NodeReady, now)
 	}
