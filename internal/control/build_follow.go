@@ -185,6 +185,7 @@ func (c *Control) buildAt(ctx context.Context, node sandbox.NodeID, req *agentv1
 		}
 		if p := w.GetCheckpoint(); p != nil {
 			b.Result.Checkpoint, b.Result.CheckpointBytes, b.checkpoint = checkpointKind(p.GetKind()), p.GetBytes(), p.GetId()
+			b.Result.MadeOn = c.fleet.machine(node)
 		}
 	case agentv1.BuildState_BUILD_STATE_FAILED:
 		b.State = sandbox.BuildFailed
@@ -271,7 +272,7 @@ func recordEnd(t *sandbox.Template, end Build, now time.Time) error {
 		b.State, b.Error, b.FailedStep, b.FinishedAt = end.State, end.Error, end.FailedStep, now
 		if end.State == sandbox.BuildReady {
 			b.ImageDigest, b.ImageBytes, b.Source, b.Guest = end.Result.ImageDigest, end.Result.ImageBytes, end.Result.Source, end.Result.Guest
-			b.Checkpoint, b.CheckpointBytes = end.Result.Checkpoint, end.Result.CheckpointBytes
+			b.Checkpoint, b.CheckpointBytes, b.MadeOn = end.Result.Checkpoint, end.Result.CheckpointBytes, end.Result.MadeOn
 			b.StartCommand = cmp.Or(end.Result.StartCommand, b.StartCommand)
 			b.ReadyCommand = cmp.Or(end.Result.ReadyCommand, b.ReadyCommand)
 			b.Resources = orElse(end.Result.Resources, b.Resources)

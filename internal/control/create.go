@@ -97,6 +97,9 @@ func placement(t sandbox.Template, b sandbox.Build, msg *agentv1.CreateRequest) 
 	if b.Checkpoint != "" {
 		req.Image = b.ID
 	}
+	if b.Checkpoint == sandbox.CheckpointMemory {
+		req.MadeOn = b.MadeOn
+	}
 	if err := templateWishes(&req, t); err != nil {
 		return req, err
 	}

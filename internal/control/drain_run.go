@@ -177,11 +177,14 @@ func (c *Control) onlyAt(node sandbox.NodeID, b sandbox.Build) bool {
 }
 
 func (c *Control) copyBuildAway(ctx context.Context, node sandbox.NodeID, t sandbox.Template, b sandbox.Build) error {
-	source, _ := c.fleet.record(node)
+	made := b.MadeOn
+	if made == nil {
+		made = c.fleet.machine(node)
+	}
 	err := sandbox.Unavailablef("there is no other node that could have it")
 	for _, to := range c.fleet.openNodes() {
 		n, ok := c.fleet.record(to)
-		if !ok || to == node || !canGoOn(source, n) && b.Checkpoint == sandbox.CheckpointMemory {
+		if !ok || to == node || b.Checkpoint == sandbox.CheckpointMemory && !n.Origin().Takes(made) {
 			continue
 		}
 		work, cancel := context.WithTimeout(ctx, copyDeadline)

@@ -37,6 +37,8 @@ type Node struct {
 // member is what the server knows of one node.
 type member struct {
 	record sandbox.Node
+	// machine is the record's, for the scheduler.
+	machine *sandbox.Origin
 	// state is what the node's reports, or their absence, say: ready, suspect or down.
 	state    sandbox.NodeState
 	stateAt  time.Time
@@ -119,7 +121,7 @@ func newFleet(policy scheduler.Policy, random scheduler.Source, limits Limits) *
 func (f *fleet) restore(n sandbox.Node, settings sandbox.NodeSettings, now time.Time) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	m := &member{record: n, state: sandbox.NodeDown, stateAt: now, settings: settings, load: Load{Capacity: n.Capacity}}
+	m := &member{record: n, machine: n.Origin(), state: sandbox.NodeDown, stateAt: now, settings: settings, load: Load{Capacity: n.Capacity}}
 	m.label()
 	f.members[n.ID] = m
 	f.refresh(n.ID, nil)
@@ -132,7 +134,7 @@ func (f *fleet) register(n sandbox.Node, images []string, now time.Time) (sandbo
 	f.epoch = max(f.epoch+1, now.UnixNano())
 	n.RegisteredAt, n.State = now, sandbox.NodeReady
 	m := &member{
-		record: n, state: sandbox.NodeReady, stateAt: now, epoch: f.epoch, lastSeen: time.Now(), load: Load{Capacity: n.Capacity},
+		record: n, machine: n.Origin(), state: sandbox.NodeReady, stateAt: now, epoch: f.epoch, lastSeen: time.Now(), load: Load{Capacity: n.Capacity},
 	}
 	if old := f.members[n.ID]; old != nil {
 		if !old.record.RegisteredAt.IsZero() {
@@ -173,7 +175,7 @@ func (f *fleet) refresh(id sandbox.NodeID, images map[string]struct{}) {
 	}
 	f.views[i] = scheduler.Node{
 		ID: id, State: m.state, Cordoned: m.settings.Cordoned, Labels: m.labels, Taints: m.settings.Taints,
-		Engines: m.record.Engines, Images: images,
+		Engines: m.record.Engines, Machine: m.machine, Images: images,
 		Capacity: m.load.Capacity, Allocated: m.load.Allocated.Add(m.dispatched), Sandboxes: m.load.Sandboxes + m.inFlight,
 		Creating: max(m.load.Creating, m.inFlight), Warm: m.load.Warm, Failures: m.failures,
 		UsedCPU: m.load.UsedCPU, UsedMemory: m.load.UsedMemory,

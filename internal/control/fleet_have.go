@@ -121,6 +121,16 @@ func (f *fleet) record(id sandbox.NodeID) (n sandbox.Node, ok bool) {
 	return n, true
 }
 
+// machine returns what is saved on a node depends on; nil where the node is not known.
+func (f *fleet) machine(id sandbox.NodeID) *sandbox.Origin {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if m := f.members[id]; m != nil {
+		return m.machine
+	}
+	return nil
+}
+
 // isDown reports whether a node is known and does not answer.
 func (f *fleet) isDown(id sandbox.NodeID) bool {
 	n, ok := f.record(id)

@@ -121,34 +121,21 @@ func (c *Control) planMove(ctx context.Context, id sandbox.ID) (*transfer, error
 
 // chooseFor returns the nodes that could go on with a sandbox of another, best first. Errors: ErrExhausted with the reasons.
 func (c *Control) chooseFor(box sandbox.Sandbox, source sandbox.Node) ([]sandbox.NodeID, error) {
-	ask := scheduler.Request{Resources: box.Resources, Image: box.ImageDigest, Fetch: true, Key: string(box.TemplateID)}
+	ask := scheduler.Request{Resources: box.Resources, Image: box.ImageDigest, Fetch: true, Key: string(box.TemplateID), MadeOn: source.Origin()}
 	if box.State == sandbox.StatePaused {
 		ask.Resources = sandbox.Resources{DiskBytes: box.Resources.DiskBytes}
+		if box.PausedKind == sandbox.CheckpointFiles { // it boots anew
+			ask.MadeOn = &sandbox.Origin{Architecture: source.Architecture}
+		}
 	}
 	if err := wishes(&ask, box.Metadata); err != nil {
 		return nil, err
 	}
-	d := c.fleet.placeAmong(ask, time.Now(), func(n sandbox.Node) bool { return n.ID != source.ID && canGoOn(source, n) })
+	d := c.fleet.placeAmong(ask, time.Now(), func(n sandbox.Node) bool { return n.ID != source.ID })
 	if len(d.Candidates) == 0 {
 		return nil, sandbox.Exhaustedf("no other node can take sandbox %s: %s", box.ID, d.Explain(explained))
 	}
 	return d.Candidates[:min(maxTargets, len(d.Candidates))], nil
-}
-
-// canGoOn reports whether processes saved on one machine can go on, on another: it must be of the same kind and its
-// processor must have what they may already use.
-func canGoOn(from, to sandbox.Node) bool {
-	if from.Architecture != to.Architecture {
-		return false
-	}
-	if len(from.CPUFeatures) == 0 || len(to.CPUFeatures) == 0 {
-		return true // one of them does not say
-	}
-	has := make(map[string]struct{}, len(to.CPUFeatures))
-	for _, f := range to.CPUFeatures {
-		has[f] = struct{}{}
-	}
-	return !slices.ContainsFunc(from.CPUFeatures, func(f string) bool { _, ok := has[f]; return !ok })
 }
 
 // prefetch has the first target that can get the image; those that cannot are no targets.

@@ -49,9 +49,9 @@ func (j *job) key() string {
 
 // nodeView is what the plan needs to know of a node.
 type nodeView struct {
-	id    sandbox.NodeID
-	arch  string
-	ready bool
+	id      sandbox.NodeID
+	machine *sandbox.Origin
+	ready   bool
 	// open means that it gets new things; givenUp that it does not answer and its sandboxes are brought back elsewhere.
 	open    bool
 	givenUp bool
@@ -116,6 +116,14 @@ func (p *copyPlan) node(id sandbox.NodeID) *nodeView {
 	return &p.nodes[i]
 }
 
+// machineOf returns the machine of a node; nil where it is not known.
+func (p *copyPlan) machineOf(id sandbox.NodeID) *sandbox.Origin {
+	if n := p.node(id); n != nil {
+		return n.machine
+	}
+	return nil
+}
+
 // gone reports whether a node is unknown or given up.
 func (p *copyPlan) gone(id sandbox.NodeID) bool {
 	n := p.node(id)
@@ -165,7 +173,9 @@ func (p *copyPlan) newHome(r sandbox.Replica) *nodeView {
 		return slices.Contains(r.Holders, n.id) && n.holds(r.Checkpoint) && !p.skip((&job{kind: jobRecover, node: n.id, replica: r}).key())
 	})
 	if to == nil && r.Bucket {
-		to = p.best(func(n *nodeView) bool { return n.open && (n.id != r.Home || p.bereft(r.ID)) })
+		to = p.best(func(n *nodeView) bool {
+			return n.open && (n.id != r.Home || p.bereft(r.ID)) && n.machine.Takes(p.machineOf(r.Home))
+		})
 	}
 	return to
 }
@@ -210,7 +220,7 @@ func (p *copyPlan) nextHolder(box *sandbox.Sandbox, home *nodeView, r sandbox.Re
 		return nil
 	}
 	return p.best(func(n *nodeView) bool {
-		return n.open && n.id != box.NodeID && n.arch == home.arch && !(slices.Contains(r.Holders, n.id) && n.holds(box.Checkpoint)) &&
+		return n.open && n.id != box.NodeID && n.machine.Takes(home.machine) && !(slices.Contains(r.Holders, n.id) && n.holds(box.Checkpoint)) &&
 			!p.skip((&job{kind: jobGuard, node: n.id, box: *box, replica: r}).key())
 	})
 }
@@ -253,10 +263,13 @@ func (p *copyPlan) spread(t *sandbox.Template, b sandbox.Build) bool {
 	if b.Checkpoint != "" {
 		key = b.ID
 	}
-	count, arch := 0, ""
+	count, from := 0, b.MadeOn
 	for i := range p.nodes {
 		if n := &p.nodes[i]; n.ready && n.hasBuild(b) {
-			count, arch = count+1, n.arch
+			count++
+			if b.MadeOn == nil || b.Checkpoint != sandbox.CheckpointMemory {
+				from = n.machine
+			}
 		}
 	}
 	if count == 0 || key == "" {
@@ -265,7 +278,7 @@ func (p *copyPlan) spread(t *sandbox.Template, b sandbox.Build) bool {
 	want := p.wanted(t)
 	for i := range p.nodes {
 		n := &p.nodes[i]
-		if !n.ready || !n.open || n.arch != arch || n.hasBuild(b) {
+		if !n.ready || !n.open || n.hasBuild(b) || !n.suits(b, from) {
 			continue
 		}
 		warm := n.joined && p.popular[b.ID]
@@ -278,6 +291,14 @@ func (p *copyPlan) spread(t *sandbox.Template, b sandbox.Build) bool {
 		}
 	}
 	return true
+}
+
+// suits reports whether sandboxes of a build can start on a node, which was made, or is there already, on another machine.
+func (n *nodeView) suits(b sandbox.Build, from *sandbox.Origin) bool {
+	if b.Checkpoint == sandbox.CheckpointMemory {
+		return n.machine.Takes(from)
+	}
+	return n.machine == nil || from == nil || n.machine.Architecture == from.Architecture
 }
 
 func (n *nodeView) hasBuild(b sandbox.Build) bool {

@@ -226,7 +226,7 @@ func (f *fleet) copyViews(now time.Time) []nodeView {
 		view := &f.views[i]
 		m := f.members[view.ID]
 		out = append(out, nodeView{
-			id: view.ID, arch: m.record.Architecture, ready: m.state == sandbox.NodeReady, open: !m.settings.Cordoned,
+			id: view.ID, machine: m.machine, ready: m.state == sandbox.NodeReady, open: !m.settings.Cordoned,
 			givenUp: f.givenUp(m, now),
 			has:     view.Images, load: m.load.UsedDisk + float64(m.load.Sandboxes)/(1+float64(m.load.Sandboxes)),
 		})

@@ -23,6 +23,10 @@ func viewOf() *copyView {
 	}
 }
 
+func machine(arch, version string) *sandbox.Origin {
+	return &sandbox.Origin{Architecture: arch, EngineVersion: version}
+}
+
 func kept(v *copyView) sandbox.Replica {
 	r := sandbox.Replica{ID: "s", Home: "a", Generation: 4, Checkpoint: "p", Holders: []sandbox.NodeID{"c"}}
 	v.records["s"] = r
@@ -44,7 +48,9 @@ func TestPlanCopies(t *testing.T) {
 	}{
 		{"copied to the least used", func(*copyView) {}, []string{"guard/c/s"}},
 		{"not to a node that is cordoned", func(v *copyView) { v.nodes[2].open = false }, []string{"guard/b/s"}},
-		{"not to a node of another kind", func(v *copyView) { v.nodes[1].arch, v.nodes[2].arch = "arm64", "arm64" }, nil},
+		{"not to a node of another kind", func(v *copyView) {
+			v.nodes[0].machine, v.nodes[1].machine, v.nodes[2].machine = machine("amd64", "v1"), machine("arm64", "v1"), machine("amd64", "v2")
+		}, nil},
 		{"not where that has just failed", func(v *copyView) { v.skip = func(key string) bool { return key == "guard/c/s" } }, []string{"guard/b/s"}},
 		{"not from a node that is silent", func(v *copyView) { v.nodes[0].ready = false }, nil},
 		{"to the bucket too", func(v *copyView) { v.limits.Bucket = true }, []string{"guard//s", "guard/c/s"}},

@@ -56,6 +56,12 @@ func nodeFromWire(w *nodev1.RegisterRequest) (sandbox.Node, error) {
 	setDefault(&n.Name, string(n.ID))
 	for _, e := range w.GetEngines() {
 		n.Engines = append(n.Engines, e.GetName())
+		if e.GetVersion() != "" {
+			if n.EngineVersions == nil {
+				n.EngineVersions = make(map[string]string, len(w.GetEngines()))
+			}
+			n.EngineVersions[e.GetName()] = e.GetVersion()
+		}
 	}
 	return n, nil
 }

@@ -347,7 +347,9 @@ func TestAwait(t *testing.T) {
 func TestWatchAfterRestart(t *testing.T) {
 	c := apitest.NewCluster(t, nil)
 	box := mustCreate(t, c, minute())
-	c.Restart(t, func(cfg *control.Config) { cfg.Limits.SuspectAfter, cfg.Limits.DownAfter = time.Millisecond, 2*time.Millisecond })
+	c.Restart(t, func(cfg *control.Config) {
+		cfg.Limits.SuspectAfter, cfg.Limits.DownAfter = time.Millisecond, 2*time.Millisecond
+	})
 	client := routeClient(t, c.Control, aProxy)
 	first := receive(t, watch(t, client, "", 0))
 	if n := first.GetNodes(); len(n) != 1 || !n[0].GetUnheard() || n[0].GetDown() || len(first.GetRoutes()) != 0 {

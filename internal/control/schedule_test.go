@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/cloister-dev/cloister/internal/api/apitest"
@@ -133,5 +134,61 @@ func TestExplainSchedule(t *testing.T) {
 		if _, err := c.Control.ExplainSchedule(t.Context(), q); !errors.Is(err, sandbox.ErrInvalid) {
 			t.Errorf("%+v: %v", q, err)
 		}
+	}
+}
+
+// TestCheckpointsFitTheirNodes checks that what was saved by one version of the engine, or on one processor, is not given to a node
+// with another: not by a create, which says why, nor by a move, nor as a replica.
+func TestCheckpointsFitTheirNodes(t *testing.T) {
+	for name, tt := range map[string]struct {
+		version  string
+		features []string
+		why      string
+	}{
+		"engine":    {"v2", []string{"avx", "sse2"}, "its gvisor is v2, the checkpoint was made by v1"},
+		"processor": {"v1", []string{"sse2"}, "its processor lacks avx"},
+		"fits":      {"v1", []string{"avx", "avx2", "sse2"}, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				c := apitest.NewCluster(t, nil)
+				c.Node.EngineVersion, c.Node.CPUFeatures = "v1", []string{"sse2", "avx"}
+				c.Join(t, c.Node)
+				box := mustCreate(t, c, minute())
+				snap, err := c.Control.CreateSnapshot(t.Context(), box.ID, control.SnapshotRequest{Name: "saved"})
+				if err != nil {
+					t.Fatal(err)
+				}
+				other := apitest.NewNode("bbbbbb")
+				other.EngineVersion, other.CPUFeatures = tt.version, tt.features
+				c.Join(t, other)
+				running(t, c)
+				s, err := c.Control.ExplainSchedule(t.Context(), control.ScheduleQuery{Template: snap.ID()})
+				if err != nil || len(s.Nodes) != 2 {
+					t.Fatalf("%+v, %v", s, err)
+				}
+				for _, n := range s.Nodes {
+					if n.Node == "bbbbbb" && (n.Accepted() != (tt.why == "") || tt.why != "" && !strings.Contains(n.Reason(), tt.why)) {
+						t.Errorf("the other node %s", n.Reason())
+					}
+				}
+				mustPause(t, c, box.ID)
+				passWith(t, c, 3*time.Second, c.Node, other)
+				if got := len(other.Replicas()); (got > 0) != (tt.why == "") {
+					t.Errorf("it keeps %d replicas", got)
+				}
+				if _, err := c.Control.DrainNode(t.Context(), "aaaaaa", control.DrainRequest{}); err != nil {
+					t.Fatal(err)
+				}
+				passWith(t, c, 3*time.Second, c.Node, other)
+				n := nodeOf(t, c, "aaaaaa")
+				if moved := n.Drain.Moved == 1; moved != (tt.why == "") {
+					t.Errorf("%+v", n.Drain)
+				}
+				if tt.why != "" && (len(n.Drain.Failed) != 1 || !strings.Contains(n.Drain.Failed[0].Reason, tt.why)) {
+					t.Errorf("%+v", n.Drain.Failed)
+				}
+			})
+		})
 	}
 }

@@ -102,7 +102,9 @@ func (c *Control) CreateSnapshot(ctx context.Context, id sandbox.ID, req Snapsho
 	if err != nil {
 		return Snapshot{}, fmt.Errorf("snapshot sandbox %s: %w", id, err)
 	}
-	out, err := c.recordSnapshot(ctx, name, snapshotBuild(h.box, name.Tag, point))
+	made := snapshotBuild(h.box, name.Tag, point)
+	made.MadeOn = c.fleet.machine(h.box.NodeID)
+	out, err := c.recordSnapshot(ctx, name, made)
 	if err != nil {
 		c.unsave(ctx, h, msg.GetCheckpointId())
 		return Snapshot{}, fmt.Errorf("snapshot sandbox %s: %w", id, err)

@@ -100,16 +100,18 @@ const (
 
 // Node is a machine that runs sandboxes.
 type Node struct {
-	ID           NodeID            `json:"id"`
-	Name         string            `json:"name"`
-	State        NodeState         `json:"state"`
-	Version      string            `json:"version"`
-	Architecture string            `json:"architecture"`
-	Kernel       string            `json:"kernel"`
-	Engines      []string          `json:"engines"`
-	Labels       map[string]string `json:"labels,omitempty"`
-	Capacity     Resources         `json:"capacity"`
-	RegisteredAt time.Time         `json:"registered_at"`
+	ID           NodeID    `json:"id"`
+	Name         string    `json:"name"`
+	State        NodeState `json:"state"`
+	Version      string    `json:"version"`
+	Architecture string    `json:"architecture"`
+	Kernel       string    `json:"kernel"`
+	Engines      []string  `json:"engines"`
+	// EngineVersions says of which version each engine is.
+	EngineVersions map[string]string `json:"engine_versions,omitempty"`
+	Labels         map[string]string `json:"labels,omitempty"`
+	Capacity       Resources         `json:"capacity"`
+	RegisteredAt   time.Time         `json:"registered_at"`
 	// Address is the HOST:PORT on which it answers other members; empty where only its link to the server reaches it.
 	Address string `json:"address,omitempty"`
 	// CPUFeatures are the processor's, in the kernel's words; Machine is what it has before over-commit and reserve.

@@ -93,10 +93,12 @@ type Build struct {
 	// Checkpoint is empty for a build that is a root file system alone.
 	Checkpoint      CheckpointKind `json:"checkpoint,omitempty"`
 	CheckpointBytes int64          `json:"checkpoint_bytes,omitempty"`
-	Resources       Resources      `json:"resources"`
-	Guest           GuestSettings  `json:"guest,omitzero"`
-	StartCommand    string         `json:"start_command,omitempty"`
-	ReadyCommand    string         `json:"ready_command,omitempty"`
+	// MadeOn is where the checkpoint was made; nil where that is not known.
+	MadeOn       *Origin       `json:"made_on,omitempty"`
+	Resources    Resources     `json:"resources"`
+	Guest        GuestSettings `json:"guest,omitzero"`
+	StartCommand string        `json:"start_command,omitempty"`
+	ReadyCommand string        `json:"ready_command,omitempty"`
 	// Sources are what it was built from, the one that worked being Source.
 	Sources []string `json:"sources,omitempty"`
 	Source  string   `json:"source,omitempty"`

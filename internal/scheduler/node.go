@@ -16,6 +16,8 @@ type Node struct {
 	Labels   map[string]string
 	Taints   []sandbox.Taint
 	Engines  []string
+	// Machine is what a checkpoint must fit.
+	Machine *sandbox.Origin
 	// Images holds the content addresses of images and the ids of checkpoints that the node has.
 	Images map[string]struct{}
 	// Capacity is what the node has, before over-commit.
@@ -51,6 +53,8 @@ type Request struct {
 	Image string
 	// Fetch means that a node that lacks the image can fetch it.
 	Fetch bool
+	// MadeOn is where what the sandbox starts from was saved; nil accepts any machine.
+	MadeOn *sandbox.Origin
 	// Selector must be met by the node's labels.
 	Selector Selector
 	// Preferences make nodes better or worse.

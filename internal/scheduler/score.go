@@ -19,6 +19,8 @@ func (p *rules) judge(n *Node, r *Request) Verdict {
 		v.Refusal = NotReady
 	case !n.hasEngine(r.Engine):
 		v.Refusal = NoEngine
+	case !n.Machine.Takes(r.MadeOn):
+		v.Refusal, v.Machine, v.MadeOn = NoFit, n.Machine, r.MadeOn
 	case lacks:
 		v.Refusal, v.Missing = NoLabel, missing
 	case taint != nil:

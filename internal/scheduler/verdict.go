@@ -34,6 +34,8 @@ const (
 	Tainted
 	// Broken means that the node failed too often lately.
 	Broken
+	// NoFit means that what was saved on another machine cannot go on there.
+	NoFit
 )
 
 // Verdict is what was found about one node. It holds numbers, not text, so that a decision costs no formatting.
@@ -55,6 +57,9 @@ type Verdict struct {
 	Missing string
 	// Taint is what is not tolerated, where Refusal is Tainted.
 	Taint *sandbox.Taint
+	// Machine and MadeOn are the node's and that of what was saved, where Refusal is NoFit.
+	Machine *sandbox.Origin
+	MadeOn  *sandbox.Origin
 	// Failures is how many recent failures count, where they are too many.
 	Failures float64
 }
@@ -97,6 +102,8 @@ func (v Verdict) Reason() string {
 		return "is cordoned"
 	case Tainted:
 		return fmt.Sprintf("has the taint %s, which is not tolerated", v.Taint)
+	case NoFit:
+		return v.Machine.Refusal(v.MadeOn)
 	case Broken:
 		return fmt.Sprintf("failed too often lately: %.1f failures still count", v.Failures)
 	}

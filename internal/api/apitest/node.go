@@ -31,6 +31,9 @@ type Node struct {
 
 	ID       sandbox.NodeID
 	Capacity sandbox.Resources
+	// EngineVersion and CPUFeatures are what the node says of itself when it joins.
+	EngineVersion string
+	CPUFeatures   []string
 	// Room is how many sandboxes fit; 0 means any number.
 	Room int
 

@@ -91,7 +91,7 @@ func (c *Cluster) Join(tb testing.TB, n *Node) {
 	n.mu.Unlock()
 	resp, err := c.Control.Register(tb.Context(), &nodev1.RegisterRequest{
 		NodeId: string(n.ID), Name: "node-" + string(n.ID), Version: "test", Architecture: "amd64", Kernel: "6.1",
-		Engines: []*nodev1.Engine{{Name: "gvisor"}}, Capacity: resources(n.Capacity), ImageDigests: images,
+		Engines: []*nodev1.Engine{{Name: "gvisor", Version: n.EngineVersion}}, CpuFeatures: n.CPUFeatures, Capacity: resources(n.Capacity), ImageDigests: images,
 		CheckpointIds: n.Checkpoints(), ReplicaIds: n.Replicas(),
 	})
 	if err != nil {
