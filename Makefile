@@ -13,7 +13,7 @@ SUDO    := $(shell [ "$$(id -u)" = 0 ] || echo "sudo --preserve-env=PATH,GOPROXY
 FUZZTIME ?= 10s
 CHAOS_TIME ?= 10m
 
-.PHONY: help up down test build guest sentry gen lint unit race hosts e2e load fuzz chaos cover clean install-deps
+.PHONY: help up down test build guest sentry gen lint unit race hosts e2e load load-cluster fuzz chaos cover clean install-deps
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -73,6 +73,9 @@ e2e: build ## drive the real binary with the pinned npm packages (root)
 
 load: build ## print benchmark lines of the hot paths (root)
 	$(SUDO) go test -run '^$$' -bench . -benchtime 2s ./test/load/... ./internal/proxy/... ./internal/journal/... ./internal/scheduler/...
+
+load-cluster: build ## print what machines of a cluster cost each other, in a few minutes (root, on a machine that does nothing else)
+	$(SUDO) env REQUIRE_HOSTS=1 go test -run '^$$' -bench . -benchtime 1x -count=1 -timeout 20m ./test/load/cluster
 
 fuzz: guest ## run every fuzz test for FUZZTIME
 	FUZZTIME=$(FUZZTIME) test/script/fuzz-all
