@@ -38,6 +38,9 @@ func (a *Agent) Kill(ctx context.Context, req *agentv1.KillRequest) (*agentv1.Ki
 	e := journal.Ending{State: sandbox.StateDeleted, Reason: fmt.Sprintf("%.*s", maxReasonBytes, reason), Type: "killed"}
 	if req.GetTimedOut() {
 		e.Type = "timed_out"
+		if err := a.checkIdle(ctx, in); err != nil {
+			return nil, toWireError(err)
+		}
 	}
 	if err := a.kill(ctx, in, e, req.GetGeneration()); err != nil {
 		return nil, toWireError(err)

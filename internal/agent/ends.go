@@ -1,7 +1,9 @@
 package agent
 
 import (
+	"context"
 	"fmt"
+	"log/slog"
 	"time"
 
 	"github.com/cloister-dev/cloister/internal/journal"
@@ -95,6 +97,10 @@ func (a *Agent) busyBoxes() []string {
 func (in *instance) busyInside(percent float64) bool {
 	in.mu.Lock()
 	defer in.mu.Unlock()
+	return in.busyLocked(percent)
+}
+
+func (in *instance) busyLocked(percent float64) bool {
 	if !in.rec.IdleTimeout || in.rec.State != sandbox.StateRunning {
 		return false
 	}
@@ -104,6 +110,23 @@ func (in *instance) busyInside(percent float64) bool {
 		}
 	}
 	return percent > 0 && float64(in.samples.newest()) >= percent
+}
+
+// checkIdle refuses to end a sandbox for lack of use that is at work: what was reported of that is seconds old.
+func (a *Agent) checkIdle(ctx context.Context, in *instance) error {
+	if r := in.record(); !r.IdleTimeout || r.State != sandbox.StateRunning {
+		return nil
+	}
+	if a.cfg.IdleCPUPercent > 0 {
+		if err := a.sampleOne(ctx, in); err != nil {
+			a.log.DebugContext(ctx, "sandbox not sampled", slog.String("sandbox_id", string(in.id)), slog.Any("err", err))
+		}
+	}
+	if !in.busyInside(a.cfg.IdleCPUPercent) {
+		return nil
+	}
+	a.announce() // that it is in use
+	return sandbox.Conflictf("sandbox %s is at work", in.id)
 }
 
 // newest returns the processor use of the newest sample, in percent of a core; 0 where there is none.

@@ -37,6 +37,9 @@ func (a *Agent) Pause(ctx context.Context, req *agentv1.PauseRequest) (*agentv1.
 		return nil, toWireError(err)
 	}
 	if req.GetTimedOut() {
+		if err := a.checkIdle(ctx, in); err != nil {
+			return nil, toWireError(err)
+		}
 		if err = a.pauseOrEnd(ctx, in); err != nil && in.record().State == sandbox.StateStopping {
 			a.retryLater(ctx, in, err)
 		}

@@ -59,7 +59,7 @@ func (a *Agent) observe(at time.Time) *State {
 	all := a.instances()
 	s.Sandboxes = make([]SandboxState, 0, len(all))
 	for _, in := range all {
-		s.Sandboxes = append(s.Sandboxes, in.observe())
+		s.Sandboxes = append(s.Sandboxes, in.observe(c.IdleCPUPercent))
 	}
 	a.mu.RLock()
 	defer a.mu.RUnlock()
@@ -74,14 +74,14 @@ func (a *Agent) observe(at time.Time) *State {
 	return s
 }
 
-func (in *instance) observe() SandboxState {
+func (in *instance) observe(idleCPU float64) SandboxState {
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	r := &in.rec
 	return SandboxState{
 		ID: in.id, State: r.State, Busy: len(in.op) > 0, Warm: r.Warm, Ready: r.Ready, Build: r.BuildID != "",
 		AutoPause: r.AutoPause, Left: in.left,
-		AtOnce: in.atOnce, Idle: r.IdleTimeout, Open: len(in.conns) > 0, Timeout: r.Timeout, UsedAt: in.usedAt,
+		AtOnce: in.atOnce, Idle: r.IdleTimeout, Open: len(in.conns) > 0 || in.busyLocked(idleCPU), Timeout: r.Timeout, UsedAt: in.usedAt,
 		Deadline: r.Deadline, EndAt: r.EndAt, EndedAt: r.EndedAt, RetryAt: in.retryAt, Sequence: r.Last.Sequence,
 	}
 }
