@@ -38,7 +38,7 @@ func (f *forwarder) again(ctx context.Context, dest destination, u unanswered, r
 		return dest, false, overdue(dest.target, sandbox.StatePausing, u.err)
 	case !known && refused && ctx.Err() == nil:
 		return dest, true, nil // the node knew before the router, or has changed its mind
-	case !known, !awaited(route) && route.State != sandbox.StateRunning, !unsent && byHand(route):
+	case !known, !awaited(route) && route.State != sandbox.StateRunning, !unsent && byHand(route) && time.Since(dest.came) >= f.young:
 		return dest, false, nil
 	}
 	next := dest
@@ -50,8 +50,12 @@ func (f *forwarder) again(ctx context.Context, dest destination, u unanswered, r
 	return next, fail == nil, fail
 }
 
-// byHand reports whether somebody has a sandbox paused, in place of its end. A request that this cut is answered: sent again,
-// it would undo at once what was asked for. One that comes later is another matter.
+// young is the age up to which a request that a pause by hand has cut counts as one that came during the pause, or after it:
+// those resume the sandbox. An older one, such as a poll that was open for minutes, is answered: sent again, it would undo at
+// once what somebody asked for.
+const young = time.Second
+
+// byHand reports whether somebody has a sandbox paused, in place of its end.
 func byHand(r sandbox.Route) bool {
 	return (r.State == sandbox.StatePausing || r.State == sandbox.StatePaused) && r.Reason == ""
 }

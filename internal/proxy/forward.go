@@ -31,6 +31,7 @@ type forwarder struct {
 	waits   *waits
 	router  router
 	metrics *metrics
+	young   time.Duration
 	reverse httputil.ReverseProxy // what all requests have in common
 }
 
@@ -43,6 +44,7 @@ func newForwarder(cfg Config, m *metrics) *forwarder {
 		guests:  g,
 		waits:   &waits{router: cfg.Router, guests: g, timeout: cfg.WaitTimeout, metrics: m, waking: make(map[sandbox.ID]*waking)},
 		router:  cfg.Router,
+		young:   young,
 		metrics: m,
 		reverse: httputil.ReverseProxy{FlushInterval: -1, ErrorLog: slog.NewLogLogger(cfg.Logger.Handler(), slog.LevelDebug)},
 	}

@@ -29,11 +29,12 @@ func TestPauseBeforeAnswer(t *testing.T) {
 }
 
 // TestPauseOpen has a sandbox paused that traffic may resume while a request is open that could be sent again. Its end's pause
-// does not count against the request; somebody's does, and only a request that comes later undoes it.
+// does not count against the request; somebody's does, where the request is no new one, and one that comes later undoes it.
 func TestPauseOpen(t *testing.T) {
 	for reason, want := range map[string]int{"": http.StatusBadGateway, "timeout": http.StatusTeapot} {
 		t.Run("reason "+reason, func(t *testing.T) {
 			r := newRig(t, nil)
+			r.proxy.forwarder.young = 0
 			entered := make(chan struct{}, 1)
 			r.listen(t, testID, 8000, silent(entered))
 			r.onWake = func(context.Context, sandbox.ID) (sandbox.Route, error) {

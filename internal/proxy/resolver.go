@@ -14,6 +14,8 @@ type destination struct {
 	target
 	// route is where the sandbox runs.
 	route sandbox.Route
+	// came is when the request came.
+	came time.Time
 	// until is when waiting for the sandbox ends; zero while the request has not waited.
 	until time.Time
 }
@@ -82,7 +84,7 @@ func (rs *resolver) find(ctx context.Context, t target) (destination, *failure) 
 	if err != nil {
 		return destination{}, unrouted(ctx, t, err)
 	}
-	return rs.waits.serving(ctx, destination{target: t, route: route})
+	return rs.waits.serving(ctx, destination{target: t, route: route, came: time.Now()})
 }
 
 func (rs *resolver) bySignature(ctx context.Context, t target) (sandbox.ID, *failure) {
