@@ -292,6 +292,9 @@ func (c *Control) calm(ctx context.Context, box sandbox.Sandbox) error {
 		if pause(ctx, calmEvery); ctx.Err() != nil {
 			return sandbox.Unavailablef("sandbox %s: not every proxy has said whether it is in use", box.ID)
 		}
+		if open, _, _ := c.Activity(box.ID); open > 0 {
+			break // whoever waits goes on at once
+		}
 	}
 	d, _ := c.Due(box.ID)
 	if d.Open > 0 || box.IdleTimeout && (d.Working || box.EndAfter(d.Last).After(time.Now())) {
