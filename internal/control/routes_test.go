@@ -359,31 +359,24 @@ func TestWatchAfterRestart(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	go func() { done <- c.Control.Run(ctx) }()
-	next := func(ok func(*proxyv1.Node) bool) {
+	named := false
+	told := func(is func(*proxyv1.Node) bool) *proxyv1.WatchResponse {
 		t.Helper()
-		for {
-			msg := receive(t, stream)
-			for _, n := range msg.GetNodes() {
-				if ok(n) {
-					return
-				}
+		msg := receive(t, stream)
+		for !slices.ContainsFunc(msg.GetNodes(), is) {
+			if slices.ContainsFunc(msg.GetRoutes(), func(r *proxyv1.Route) bool { return r.GetId() == string(box.ID) }) {
+				named = true
 			}
+			msg = receive(t, stream)
 		}
+		return msg
 	}
-	next(func(n *proxyv1.Node) bool { return n.GetDown() && n.GetUnheard() })
+	told(func(n *proxyv1.Node) bool { return n.GetDown() && n.GetUnheard() })
 	cancel()
 	<-done
 	c.Join(t, c.Node)
-	named := false
-	for heard := false; !heard; {
-		msg := receive(t, stream)
-		for _, r := range msg.GetRoutes() {
-			named = named || r.GetId() == string(box.ID)
-		}
-		for _, n := range msg.GetNodes() {
-			heard = heard || !n.GetUnheard()
-		}
-	}
+	last := told(func(n *proxyv1.Node) bool { return !n.GetUnheard() })
+	named = named || slices.ContainsFunc(last.GetRoutes(), func(r *proxyv1.Route) bool { return r.GetId() == string(box.ID) })
 	if !named {
 		t.Error("the node is heard before its sandbox is named")
 	}

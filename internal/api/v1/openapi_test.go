@@ -80,7 +80,8 @@ func TestOpenAPIMatchesWireTypes(t *testing.T) {
 	types := []any{
 		client.Error{},
 		client.Resources{},
-		client.Status{}, client.Member{},
+		client.Status{},
+		client.Member{},
 		client.Node{},
 		client.Taint{},
 		client.UpdateNode{},

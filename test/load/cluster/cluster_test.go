@@ -59,15 +59,15 @@ func on(node string) map[string]string {
 // still waits until no node makes a sandbox, whether for a request or for its pool.
 func (s suite) still(b *testing.B) {
 	b.Helper()
-	var before string
+	var before []string
 	same := 0
 	s.Wait("the pools to be full", func(ctx context.Context) bool {
-		now := ""
 		nodes, err := s.Client().Nodes(ctx)
+		now := make([]string, 0, len(nodes))
 		for _, n := range nodes {
-			now += fmt.Sprintf("%s %s %d %d %d;", n.Name, n.State, n.Warm, n.Creating, n.Sandboxes)
+			now = append(now, fmt.Sprint(n.Name, n.State, n.Warm, n.Creating, n.Sandboxes))
 		}
-		if err != nil || now != before {
+		if err != nil || !slices.Equal(now, before) {
 			before, same = now, 0
 			return false
 		}
