@@ -475,7 +475,7 @@ func TestQuarrels(t *testing.T) {
 		n.verify()
 		for _, id := range ids {
 			switch state := n.state(id); state {
-			case "paused":
+			case "paused", "paused: timeout":
 				_, err := n.resumeIt(id)
 				m.check(err)
 				if got := m.holds(id); got != string(id)+"/"+string(id) {

@@ -86,7 +86,7 @@ func TestTimedOut(t *testing.T) {
 		t := m.t
 		n := m.boot()
 		id := n.create()
-		got, err := n.Agent.Get(t.Context(), &agentv1.GetRequest{Id: string(id)})
+		got, err := n.Get(t.Context(), &agentv1.GetRequest{Id: string(id)})
 		m.check(err)
 		generation := got.GetSandbox().GetGeneration()
 		req := &agentv1.KillRequest{Id: string(id), Reason: "idle for 1m0s", Generation: generation - 1, TimedOut: true}

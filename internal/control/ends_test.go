@@ -80,6 +80,7 @@ func TestDecides(t *testing.T) {
 // TestPauseDue has a sandbox paused at its end: not while somebody uses it, and not by a decision about what it was before.
 func TestPauseDue(t *testing.T) {
 	proxied(t, func(t *testing.T, c *apitest.Cluster, p *usedProxy) {
+		t.Helper()
 		box := mustCreate(t, c, control.CreateRequest{Timeout: time.Minute, AutoPause: true, AutoResume: true, IdleTimeout: true})
 		asleep(time.Hour)
 		p.use(box.ID, 1)
@@ -109,8 +110,8 @@ func TestPauseDue(t *testing.T) {
 		if _, err := c.Control.Wake(t.Context(), box.ID); err != nil {
 			t.Fatal(err)
 		}
-		if got, _ := c.Control.Get(t.Context(), box.ID); got.State != sandbox.StateRunning || got.Reason != "" || got.EndAt.Sub(time.Now()) != time.Minute {
-			t.Errorf("woken: %s: %s, ends in %s", got.State, got.Reason, got.EndAt.Sub(time.Now()))
+		if got, _ := c.Control.Get(t.Context(), box.ID); got.State != sandbox.StateRunning || got.Reason != "" || time.Until(got.EndAt) != time.Minute {
+			t.Errorf("woken: %s: %s, ends in %s", got.State, got.Reason, time.Until(got.EndAt))
 		}
 	})
 }
@@ -118,6 +119,7 @@ func TestPauseDue(t *testing.T) {
 // TestEndDue has a sandbox ended at its end, and checks who else's commands the decision gives way to.
 func TestEndDue(t *testing.T) {
 	proxied(t, func(t *testing.T, c *apitest.Cluster, p *usedProxy) {
+		t.Helper()
 		box := mustCreate(t, c, control.CreateRequest{Timeout: time.Minute})
 		p.use(box.ID, 1)
 		late := decided(&box)
@@ -141,6 +143,7 @@ func TestEndDue(t *testing.T) {
 // TestSilentProxy checks that nothing is paused of which a proxy could know more.
 func TestSilentProxy(t *testing.T) {
 	proxied(t, func(t *testing.T, c *apitest.Cluster, _ *usedProxy) {
+		t.Helper()
 		box := mustCreate(t, c, control.CreateRequest{Timeout: time.Minute, AutoPause: true})
 		report(t, c.Control, 1, true)
 		if err := c.Control.PauseDue(t.Context(), decided(&box)); !errors.Is(err, sandbox.ErrUnavailable) {
@@ -152,6 +155,7 @@ func TestSilentProxy(t *testing.T) {
 // TestSlidingEnd checks that the end of a sandbox moves with its use, whoever tells of that.
 func TestSlidingEnd(t *testing.T) {
 	proxied(t, func(t *testing.T, c *apitest.Cluster, p *usedProxy) {
+		t.Helper()
 		box := mustCreate(t, c, control.CreateRequest{Timeout: time.Minute, IdleTimeout: true})
 		fixed := mustCreate(t, c, control.CreateRequest{Timeout: time.Minute})
 		ends := func(when string, id sandbox.ID, want time.Duration) {

@@ -71,6 +71,13 @@ type fleetOf struct {
 	lags []time.Duration
 }
 
+// forgetful keeps no events: the fake that does looks through all of them for each.
+type forgetful struct{}
+
+func (forgetful) Append(context.Context, []control.Event) error { return nil }
+
+func (forgetful) Query(context.Context, control.EventQuery) ([]control.Event, error) { return nil, nil }
+
 // due is what lifecycle knows of the server.
 type due struct{ *control.Control }
 
@@ -81,7 +88,10 @@ func (d due) Item(id sandbox.ID) (lifecycle.Item, bool) {
 	}}, ok
 }
 
-func (d due) Kill(ctx context.Context, v lifecycle.Verdict) error { return d.EndDue(ctx, decided(v)) }
+func (d due) Kill(ctx context.Context, v lifecycle.Verdict) error {
+	return d.EndDue(ctx, decided(v))
+}
+
 func (d due) Pause(ctx context.Context, v lifecycle.Verdict) error {
 	return d.PauseDue(ctx, decided(v))
 }
@@ -93,7 +103,7 @@ func decided(v lifecycle.Verdict) control.Decision {
 // newFleet returns a fleet that runs until the test ends. Setting it up takes no time.
 func newFleet(tb testing.TB, nodes int) *fleetOf {
 	tb.Helper()
-	f := &fleetOf{Cluster: apitest.NewCluster(tb, nil), instant: true}
+	f := &fleetOf{instant: true, Cluster: apitest.NewCluster(tb, func(cfg *control.Config) { cfg.History = forgetful{} })}
 	f.loop = lifecycle.New(lifecycle.Config{Cluster: due{f.Control}, Log: slog.New(slog.DiscardHandler)})
 	f.loop.Stats().Lag = func(d time.Duration) {
 		f.mu.Lock()
@@ -120,6 +130,7 @@ func newFleet(tb testing.TB, nodes int) *fleetOf {
 
 // report has every node report every two seconds, one after the other.
 func (f *fleetOf) report(ctx context.Context, tb testing.TB) {
+	tb.Helper()
 	pause := time.NewTicker(2 * time.Second / time.Duration(len(f.nodes)))
 	defer pause.Stop()
 	for i := 0; ; i++ {
@@ -154,6 +165,7 @@ func (f *fleetOf) fill(tb testing.TB, n int, then time.Time, over time.Duration)
 
 // creating makes sandboxes, so many a second, until stop is called, which returns how long each took.
 func (f *fleetOf) creating(tb testing.TB, perSecond int) (stop func() []time.Duration) {
+	tb.Helper()
 	ctx, cancel := context.WithCancel(tb.Context())
 	var mu sync.Mutex
 	var took []time.Duration
@@ -198,6 +210,7 @@ type storm struct {
 
 // runStorm has so many sandboxes, half of which are to be paused, end in the same second while others are made.
 func runStorm(tb testing.TB, nodes, boxes, creates int) storm {
+	tb.Helper()
 	f := newFleet(tb, nodes)
 	then := time.Now().Add(20 * time.Second)
 	f.fill(tb, boxes, then, time.Second)
@@ -264,13 +277,13 @@ func BenchmarkTimers(b *testing.B) {
 	const boxes, rest, ending = 100_000, 20 * time.Second, 10 * time.Second
 	for b.Loop() {
 		f := newFleet(b, 100)
-		then := time.Now().Add(time.Minute)
-		f.fill(b, boxes-10_000, then.Add(time.Hour), time.Hour)
-		f.fill(b, 10_000, then, ending)
+		f.fill(b, boxes-10_000, time.Now().Add(time.Hour), time.Hour)
 		<-time.After(5 * time.Second) // what the nodes have to report of that
 		began, used := time.Now(), cpu(b)
 		<-time.After(rest)
 		b.ReportMetric(100*float64(cpu(b)-used)/float64(time.Since(began)), "%core-rest")
+		then := time.Now().Add(15 * time.Second)
+		f.fill(b, 10_000, then, ending)
 		<-time.After(time.Until(then.Add(ending + 5*time.Second)))
 		f.mu.Lock()
 		b.ReportMetric(float64(part(f.lags, .5).Microseconds())/1000, "ms-lag-p50")
