@@ -61,6 +61,14 @@ func runsThere(e *entry) bool {
 // lostThere reports whether a sandbox counts as lost because its node does not answer.
 func lostThere(e *entry) bool { return e.was != "" }
 
+// mayReturn reports whether a sandbox counts as lost until its node says what it has.
+func (x *index) mayReturn(id sandbox.ID) bool {
+	x.mu.RLock()
+	defer x.mu.RUnlock()
+	e, ok := x.byID[id]
+	return ok && lostThere(e)
+}
+
 // revive takes back what was concluded from a node's silence.
 func (c *Control) revive(ctx context.Context, node sandbox.NodeID) {
 	now := time.Now().UTC()

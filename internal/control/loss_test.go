@@ -14,6 +14,7 @@ import (
 	"github.com/cloister-dev/cloister/internal/api/apitest"
 	"github.com/cloister-dev/cloister/internal/control"
 	agentv1 "github.com/cloister-dev/cloister/internal/gen/agent/v1"
+	nodev1 "github.com/cloister-dev/cloister/internal/gen/node/v1"
 	"github.com/cloister-dev/cloister/internal/sandbox"
 )
 
@@ -137,6 +138,29 @@ func TestLostOnItsWay(t *testing.T) {
 		}
 		if a, b := stateOf(t, c, box.ID), stateOf(t, c, paused.ID); a != sandbox.StateRunning || b != sandbox.StatePaused {
 			t.Errorf("found again: %s and %s", a, b)
+		}
+	})
+}
+
+// A node that is back and has not told yet what it has may have everything: nobody is told that a sandbox is gone.
+func TestLostUntilItsNodeTells(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := lossy(t)
+		box := mustCreate(t, c, control.CreateRequest{Timeout: time.Hour})
+		silent(t, c, c.Node, 17*time.Second)
+		c.Agents.Set(c.Node.ID, c.Node)
+		if _, err := c.Control.Register(t.Context(), &nodev1.RegisterRequest{
+			NodeId: string(c.Node.ID), Name: "node-" + string(c.Node.ID), Version: "test", Architecture: "amd64", Kernel: "6.1",
+			Engines: []*nodev1.Engine{{Name: "gvisor", Version: c.Node.EngineVersion}}, Capacity: c.Node.Load().GetCapacity(),
+		}); err != nil {
+			t.Fatal(err)
+		}
+		if _, _, err := c.Control.Connect(t.Context(), box.ID, hour()); !errors.Is(err, sandbox.ErrUnavailable) {
+			t.Errorf("before it told: %v", err)
+		}
+		c.Join(t, c.Node)
+		if s := stateOf(t, c, box.ID); s != sandbox.StateRunning {
+			t.Errorf("after it told it is %s", s)
 		}
 	})
 }

@@ -59,7 +59,7 @@ func (c *Control) live(ctx context.Context, id sandbox.ID) (sandbox.Sandbox, err
 	if err != nil {
 		return sandbox.Sandbox{}, err
 	}
-	if box.State == sandbox.StateLost && c.fleet.isDown(box.NodeID) { // it may come back
+	if box.State == sandbox.StateLost && (c.fleet.isDown(box.NodeID) || c.index.mayReturn(id)) {
 		return sandbox.Sandbox{}, c.away(box)
 	}
 	if box.State.Ended() {
