@@ -54,6 +54,8 @@ type roster interface {
 	RemoveMember(ctx context.Context, m sandbox.Member, now time.Time) (store.Member, error)
 	// Denied reports whether one left, from memory; an empty serial asks about no certificate.
 	Denied(m sandbox.Member, serial string) bool
+	// Refused returns all whom Denied is true for, and a version that changes with them.
+	Refused() (version string, all []sandbox.Refusal)
 }
 
 // gate is the port by which members come in. Servers are the HOST:PORT of each server; Drop ends a member's connections.

@@ -109,9 +109,26 @@ func (c *Control) Report(ctx context.Context, req *nodev1.ReportRequest) (*nodev
 		}
 	}
 	c.ends.busy(node, req.GetBusy(), now)
-	return &nodev1.ReportResponse{
+	resp := &nodev1.ReportResponse{
 		AcknowledgedSequence: c.fleet.acknowledge(node, last), Cordoned: c.fleet.open(node) != nil, Decides: c.decides(),
-	}, nil
+	}
+	c.tellRefusals(req.GetRefusalsVersion(), resp)
+	return resp, nil
+}
+
+// tellRefusals tells a node who is no member any more, where it does not know: others dial it without a server between.
+func (c *Control) tellRefusals(known string, resp *nodev1.ReportResponse) {
+	if c.joining.members == nil {
+		return
+	}
+	version, all := c.joining.members.Refused()
+	if version == known {
+		return
+	}
+	resp.RefusalsVersion = version
+	for _, r := range all {
+		resp.Refusals = append(resp.Refusals, &nodev1.Refusal{Member: r.Member.String(), Serial: r.Serial})
+	}
 }
 
 // take takes what a node says of one sandbox. A copy that does not count, because the sandbox is elsewhere, has not

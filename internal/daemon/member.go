@@ -35,6 +35,8 @@ type memberRole struct {
 	direct    net.Listener
 	listener  *link.Listener
 	advertise string
+	// refused is whom the listener lets in no more.
+	refused *refused
 }
 
 func (d *daemon) buildMember(ctx context.Context) error {
@@ -47,7 +49,9 @@ func (d *daemon) buildMember(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	m := &memberRole{identity: id, choices: kept, log: d.log}
+	m := &memberRole{identity: id, choices: kept, log: d.log, refused: &refused{}}
+	id.Denied = m.refused.denied
+	m.refused.onNews = m.dropGone
 	handlers := d.memberHandlers(role)
 	m.link = link.New(link.Config{
 		Self: id.Member(), Servers: m.servers, Handlers: handlers, Logger: d.log,
@@ -102,6 +106,13 @@ func (d *daemon) openDirect(ctx context.Context, handlers link.Handlers) error {
 	}
 	m.advertise = advertised(l.Addr(), asked, m.servers())
 	return nil
+}
+
+// dropGone ends the connections that members which were removed have to this node.
+func (m *memberRole) dropGone() {
+	if m.listener != nil {
+		m.listener.Drop(m.refused.gone)
+	}
 }
 
 // advertised is what others are told to dial: the asked-for address, with the listener's port where it names none, else the

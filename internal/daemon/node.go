@@ -133,6 +133,7 @@ func (d *daemon) connectNode(ctx context.Context, parts *nodeRole, cfg *agent.Co
 func (d *daemon) connectMember(ctx context.Context, parts *nodeRole, cfg *agent.Config, deps *agent.Deps) error {
 	m := d.member
 	parts.uplink = newUplink(nodev1connect.NewNodeServiceClient(m.link.HTTPClient(), link.BaseURL))
+	parts.uplink.refused = m.refused
 	deps.Server, deps.Peers = parts.uplink, m
 	cfg.Name, cfg.Address = m.choices.Name, m.advertise
 	cfg.Labels = maps.Clone(m.choices.Labels)

@@ -12,6 +12,8 @@ import (
 // that the node runs: before that, the API would answer that sandboxes of an earlier process do not exist.
 type uplink struct {
 	nodev1connect.NodeServiceClient
+	// refused takes whom the server refuses; nil where the server is in the same process.
+	refused *refused
 
 	once   sync.Once
 	synced chan struct{}
@@ -23,7 +25,13 @@ func newUplink(server nodev1connect.NodeServiceClient) *uplink {
 
 // Report passes a report on.
 func (u *uplink) Report(ctx context.Context, req *nodev1.ReportRequest) (*nodev1.ReportResponse, error) {
+	if u.refused != nil {
+		req.RefusalsVersion = u.refused.known()
+	}
 	resp, err := u.NodeServiceClient.Report(ctx, req)
+	if err == nil && u.refused != nil {
+		u.refused.take(resp)
+	}
 	if err == nil {
 		u.once.Do(func() { close(u.synced) })
 	}

@@ -35,12 +35,38 @@ type ListenerConfig struct {
 type Listener struct {
 	cfg    ListenerConfig
 	accept *acceptor
+
+	mu   sync.Mutex
+	open map[net.Conn]sandbox.Member
 }
 
 // NewListener returns a listener that Serve runs.
 func NewListener(cfg ListenerConfig) *Listener {
 	cfg.Handlers.RPC = nil
-	return &Listener{cfg: cfg, accept: newAcceptor(cfg.Handlers)}
+	return &Listener{cfg: cfg, accept: newAcceptor(cfg.Handlers), open: make(map[net.Conn]sandbox.Member)}
+}
+
+// Drop closes the connections of members that are gone.
+func (l *Listener) Drop(gone func(sandbox.Member) bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for c, m := range l.open {
+		if gone(m) {
+			_ = c.Close()
+		}
+	}
+}
+
+// enter notes whose a connection is until leave is called.
+func (l *Listener) enter(c net.Conn, m sandbox.Member) (leave func()) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.open[c] = m
+	return func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		delete(l.open, c)
+	}
 }
 
 // Serve takes connections of ln until ctx ends, then closes all of them and returns when they have ended.
@@ -60,6 +86,7 @@ func (l *Listener) take(ctx context.Context, raw net.Conn) error {
 		refuse(c, err)
 		return err
 	}
+	defer l.enter(raw, from)()
 	h, err := takeHead(c)
 	if err != nil {
 		return err

@@ -2,6 +2,7 @@ package sandbox
 
 import (
 	"regexp"
+	"strings"
 	"time"
 )
 
@@ -39,6 +40,20 @@ func CheckMember(m Member) error {
 		return Invalidf("id %.40q: want 6 characters of a-z and 0-9", m.ID)
 	}
 	return nil
+}
+
+// Refusal is a member's certificate that is worthless before its end: it was removed, or the certificate is of an earlier stay.
+type Refusal struct {
+	Member Member
+	// Serial is the certificate's number in lower-case hex; empty for all of the member's.
+	Serial string
+}
+
+// ParseMember reads ROLE/ID. Errors: ErrInvalid.
+func ParseMember(text string) (Member, error) {
+	role, id, _ := strings.Cut(text, "/")
+	m := Member{Role: Role(role), ID: id}
+	return m, CheckMember(m)
 }
 
 // PastCertificate is the certificate of a member, which may have ended.

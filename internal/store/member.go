@@ -232,11 +232,17 @@ func (s *Store) WatchMembers(ctx context.Context, w Watcher[Member]) error {
 // stay. It reads memory only and is meant for every handshake.
 func (s *Store) Denied(m sandbox.Member, serial string) bool { return s.refusals.denied(m, serial) }
 
+// Refused returns all for whom Denied is true, and a version that changes when they do. The caller must not change them.
+func (s *Store) Refused() (version string, all []sandbox.Refusal) { return s.refusals.list() }
+
 // refusals is what Denied reads. Writers on this server apply their change at once; the watch repeats it later, and revisions
 // decide which of two is newer.
 type refusals struct {
 	mu      sync.RWMutex
 	members map[string]Record[Member]
+	// all and version are what list returns; an empty version means that they are to be made anew.
+	all     []sandbox.Refusal
+	version string
 }
 
 func newRefusals() *refusals { return &refusals{members: make(map[string]Record[Member])} }
@@ -256,10 +262,42 @@ func (r *refusals) denied(m sandbox.Member, serial string) bool {
 	return !known.Value.RemovedAt.IsZero() || slices.ContainsFunc(known.Value.Refused, is)
 }
 
+// list returns what is refused.
+func (r *refusals) list() (version string, all []sandbox.Refusal) {
+	r.mu.RLock()
+	version, all = r.version, r.all
+	r.mu.RUnlock()
+	if version != "" {
+		return version, all
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	var newest int64
+	r.all = nil
+	for _, record := range r.members {
+		m := &record.Value
+		if !m.RemovedAt.IsZero() {
+			r.all = append(r.all, sandbox.Refusal{Member: m.Member()})
+		}
+		for _, c := range m.Refused {
+			r.all = append(r.all, sandbox.Refusal{Member: m.Member(), Serial: c.Serial})
+		}
+		if refuses(m) {
+			newest = max(newest, record.Revision)
+		}
+	}
+	r.version = fmt.Sprintf("%d-%d", newest, len(r.all))
+	return r.version, r.all
+}
+
+// refuses reports whether anything of a member is refused.
+func refuses(m *Member) bool { return !m.RemovedAt.IsZero() || len(m.Refused) > 0 }
+
 // reset replaces everything up to revision.
 func (r *refusals) reset(records []Record[Member], revision int64) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	r.version = ""
 	for name, known := range r.members {
 		if known.Revision <= revision {
 			delete(r.members, name)
@@ -278,8 +316,13 @@ func (r *refusals) put(record Record[Member]) {
 
 // apply takes a record where nothing newer is known. It requires mu.
 func (r *refusals) apply(record Record[Member]) {
-	if r.members[record.Name].Revision <= record.Revision {
-		r.members[record.Name] = record
+	known := r.members[record.Name]
+	if known.Revision > record.Revision {
+		return
+	}
+	r.members[record.Name] = record
+	if refuses(&known.Value) || refuses(&record.Value) {
+		r.version = ""
 	}
 }
 
@@ -288,6 +331,7 @@ func (r *refusals) forget(name string, revision int64) {
 	defer r.mu.Unlock()
 	if r.members[name].Revision < revision {
 		delete(r.members, name)
+		r.version = ""
 	}
 }
 

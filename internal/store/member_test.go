@@ -183,6 +183,10 @@ func TestRemoveMember(t *testing.T) {
 	if !s.Denied(who, "serial-2") || !s.Denied(who, "serial-aaaaaa") {
 		t.Error("one that left is not denied at once")
 	}
+	left, all := s.Refused()
+	if len(all) != 1 || all[0] != (sandbox.Refusal{Member: who}) {
+		t.Errorf("refused: %v; want the one that left", all)
+	}
 	if _, err := s.RemoveMember(t.Context(), who, start); !errors.Is(err, sandbox.ErrNotFound) {
 		t.Errorf("removed twice: %v", err)
 	}
@@ -207,6 +211,10 @@ func TestRemoveMember(t *testing.T) {
 	}
 	if s.Denied(who, "serial-3") || !s.Denied(who, "serial-2") {
 		t.Error("of the second stay nothing should be denied, of the first all")
+	}
+	version, all := s.Refused()
+	if version == left || len(all) != 2 || all[0].Serial == "" || all[0].Serial == "serial-3" {
+		t.Errorf("refused by version %s, after %s: %v; want the certificates of the first stay", version, left, all)
 	}
 }
 

@@ -311,9 +311,11 @@ type ReportRequest struct {
 	Full bool `protobuf:"varint,5,opt,name=full,proto3" json:"full,omitempty"`
 	// The sandboxes whose end moves with their use and that are in use, as far as only the node sees it: their processes use the
 	// processor, or somebody on the node's machine is connected.
-	Busy          []string `protobuf:"bytes,6,rep,name=busy,proto3" json:"busy,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Busy []string `protobuf:"bytes,6,rep,name=busy,proto3" json:"busy,omitempty"`
+	// Of the refusals that the node has; empty for none.
+	RefusalsVersion string `protobuf:"bytes,7,opt,name=refusals_version,json=refusalsVersion,proto3" json:"refusals_version,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *ReportRequest) Reset() {
@@ -388,6 +390,68 @@ func (x *ReportRequest) GetBusy() []string {
 	return nil
 }
 
+func (x *ReportRequest) GetRefusalsVersion() string {
+	if x != nil {
+		return x.RefusalsVersion
+	}
+	return ""
+}
+
+// Refusal is a certificate that is worthless before its end.
+type Refusal struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// ROLE/ID.
+	Member string `protobuf:"bytes,1,opt,name=member,proto3" json:"member,omitempty"`
+	// In lower-case hex; empty for all of the member's.
+	Serial        string `protobuf:"bytes,2,opt,name=serial,proto3" json:"serial,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Refusal) Reset() {
+	*x = Refusal{}
+	mi := &file_node_v1_node_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Refusal) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Refusal) ProtoMessage() {}
+
+func (x *Refusal) ProtoReflect() protoreflect.Message {
+	mi := &file_node_v1_node_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Refusal.ProtoReflect.Descriptor instead.
+func (*Refusal) Descriptor() ([]byte, []int) {
+	return file_node_v1_node_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *Refusal) GetMember() string {
+	if x != nil {
+		return x.Member
+	}
+	return ""
+}
+
+func (x *Refusal) GetSerial() string {
+	if x != nil {
+		return x.Serial
+	}
+	return ""
+}
+
 type Change struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
 	Sequence int64                  `protobuf:"varint,1,opt,name=sequence,proto3" json:"sequence,omitempty"`
@@ -403,7 +467,7 @@ type Change struct {
 
 func (x *Change) Reset() {
 	*x = Change{}
-	mi := &file_node_v1_node_proto_msgTypes[4]
+	mi := &file_node_v1_node_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -415,7 +479,7 @@ func (x *Change) String() string {
 func (*Change) ProtoMessage() {}
 
 func (x *Change) ProtoReflect() protoreflect.Message {
-	mi := &file_node_v1_node_proto_msgTypes[4]
+	mi := &file_node_v1_node_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -428,7 +492,7 @@ func (x *Change) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Change.ProtoReflect.Descriptor instead.
 func (*Change) Descriptor() ([]byte, []int) {
-	return file_node_v1_node_proto_rawDescGZIP(), []int{4}
+	return file_node_v1_node_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Change) GetSequence() int64 {
@@ -465,14 +529,17 @@ type ReportResponse struct {
 	// The node gets no new sandboxes, so it keeps no warm ones.
 	Cordoned bool `protobuf:"varint,2,opt,name=cordoned,proto3" json:"cordoned,omitempty"`
 	// For so long from now on a server sees to the ends of the node's sandboxes; 0: nobody does.
-	Decides       *durationpb.Duration `protobuf:"bytes,3,opt,name=decides,proto3" json:"decides,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Decides *durationpb.Duration `protobuf:"bytes,3,opt,name=decides,proto3" json:"decides,omitempty"`
+	// Whom the node is to let in no more, in place of what it has; set where the version is another than the node's.
+	RefusalsVersion string     `protobuf:"bytes,4,opt,name=refusals_version,json=refusalsVersion,proto3" json:"refusals_version,omitempty"`
+	Refusals        []*Refusal `protobuf:"bytes,5,rep,name=refusals,proto3" json:"refusals,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_node_v1_node_proto_msgTypes[5]
+	mi := &file_node_v1_node_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -484,7 +551,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_node_v1_node_proto_msgTypes[5]
+	mi := &file_node_v1_node_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -497,7 +564,7 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_node_v1_node_proto_rawDescGZIP(), []int{5}
+	return file_node_v1_node_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *ReportResponse) GetAcknowledgedSequence() int64 {
@@ -517,6 +584,20 @@ func (x *ReportResponse) GetCordoned() bool {
 func (x *ReportResponse) GetDecides() *durationpb.Duration {
 	if x != nil {
 		return x.Decides
+	}
+	return nil
+}
+
+func (x *ReportResponse) GetRefusalsVersion() string {
+	if x != nil {
+		return x.RefusalsVersion
+	}
+	return ""
+}
+
+func (x *ReportResponse) GetRefusals() []*Refusal {
+	if x != nil {
+		return x.Refusals
 	}
 	return nil
 }
@@ -553,23 +634,29 @@ const file_node_v1_node_proto_rawDesc = "" +
 	"\x10RegisterResponse\x12\x14\n" +
 	"\x05epoch\x18\x01 \x01(\x03R\x05epoch\x12!\n" +
 	"\ftoken_secret\x18\x02 \x01(\fR\vtokenSecret\x123\n" +
-	"\x15acknowledged_sequence\x18\x03 \x01(\x03R\x14acknowledgedSequence\"\xb5\x01\n" +
+	"\x15acknowledged_sequence\x18\x03 \x01(\x03R\x14acknowledgedSequence\"\xe0\x01\n" +
 	"\rReportRequest\x12\x17\n" +
 	"\anode_id\x18\x01 \x01(\tR\x06nodeId\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\x03R\x05epoch\x12)\n" +
 	"\achanges\x18\x03 \x03(\v2\x0f.node.v1.ChangeR\achanges\x12\"\n" +
 	"\x04load\x18\x04 \x01(\v2\x0e.agent.v1.LoadR\x04load\x12\x12\n" +
 	"\x04full\x18\x05 \x01(\bR\x04full\x12\x12\n" +
-	"\x04busy\x18\x06 \x03(\tR\x04busy\"\x95\x01\n" +
+	"\x04busy\x18\x06 \x03(\tR\x04busy\x12)\n" +
+	"\x10refusals_version\x18\a \x01(\tR\x0frefusalsVersion\"9\n" +
+	"\aRefusal\x12\x16\n" +
+	"\x06member\x18\x01 \x01(\tR\x06member\x12\x16\n" +
+	"\x06serial\x18\x02 \x01(\tR\x06serial\"\x95\x01\n" +
 	"\x06Change\x12\x1a\n" +
 	"\bsequence\x18\x01 \x01(\x03R\bsequence\x12.\n" +
 	"\x04time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x12\n" +
 	"\x04type\x18\x03 \x01(\tR\x04type\x12+\n" +
-	"\asandbox\x18\x04 \x01(\v2\x11.agent.v1.SandboxR\asandbox\"\x96\x01\n" +
+	"\asandbox\x18\x04 \x01(\v2\x11.agent.v1.SandboxR\asandbox\"\xef\x01\n" +
 	"\x0eReportResponse\x123\n" +
 	"\x15acknowledged_sequence\x18\x01 \x01(\x03R\x14acknowledgedSequence\x12\x1a\n" +
 	"\bcordoned\x18\x02 \x01(\bR\bcordoned\x123\n" +
-	"\adecides\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\adecides2\x89\x01\n" +
+	"\adecides\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\adecides\x12)\n" +
+	"\x10refusals_version\x18\x04 \x01(\tR\x0frefusalsVersion\x12,\n" +
+	"\brefusals\x18\x05 \x03(\v2\x10.node.v1.RefusalR\brefusals2\x89\x01\n" +
 	"\vNodeService\x12?\n" +
 	"\bRegister\x12\x18.node.v1.RegisterRequest\x1a\x19.node.v1.RegisterResponse\x129\n" +
 	"\x06Report\x12\x16.node.v1.ReportRequest\x1a\x17.node.v1.ReportResponseB>Z<github.com/cloister-dev/cloister/internal/gen/node/v1;nodev1b\x06proto3"
@@ -586,40 +673,42 @@ func file_node_v1_node_proto_rawDescGZIP() []byte {
 	return file_node_v1_node_proto_rawDescData
 }
 
-var file_node_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 7)
+var file_node_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 8)
 var file_node_v1_node_proto_goTypes = []any{
 	(*RegisterRequest)(nil),       // 0: node.v1.RegisterRequest
 	(*Engine)(nil),                // 1: node.v1.Engine
 	(*RegisterResponse)(nil),      // 2: node.v1.RegisterResponse
 	(*ReportRequest)(nil),         // 3: node.v1.ReportRequest
-	(*Change)(nil),                // 4: node.v1.Change
-	(*ReportResponse)(nil),        // 5: node.v1.ReportResponse
-	nil,                           // 6: node.v1.RegisterRequest.LabelsEntry
-	(*v1.Resources)(nil),          // 7: agent.v1.Resources
-	(*v1.Load)(nil),               // 8: agent.v1.Load
-	(*timestamppb.Timestamp)(nil), // 9: google.protobuf.Timestamp
-	(*v1.Sandbox)(nil),            // 10: agent.v1.Sandbox
-	(*durationpb.Duration)(nil),   // 11: google.protobuf.Duration
+	(*Refusal)(nil),               // 4: node.v1.Refusal
+	(*Change)(nil),                // 5: node.v1.Change
+	(*ReportResponse)(nil),        // 6: node.v1.ReportResponse
+	nil,                           // 7: node.v1.RegisterRequest.LabelsEntry
+	(*v1.Resources)(nil),          // 8: agent.v1.Resources
+	(*v1.Load)(nil),               // 9: agent.v1.Load
+	(*timestamppb.Timestamp)(nil), // 10: google.protobuf.Timestamp
+	(*v1.Sandbox)(nil),            // 11: agent.v1.Sandbox
+	(*durationpb.Duration)(nil),   // 12: google.protobuf.Duration
 }
 var file_node_v1_node_proto_depIdxs = []int32{
 	1,  // 0: node.v1.RegisterRequest.engines:type_name -> node.v1.Engine
-	7,  // 1: node.v1.RegisterRequest.capacity:type_name -> agent.v1.Resources
-	6,  // 2: node.v1.RegisterRequest.labels:type_name -> node.v1.RegisterRequest.LabelsEntry
-	7,  // 3: node.v1.RegisterRequest.machine:type_name -> agent.v1.Resources
-	4,  // 4: node.v1.ReportRequest.changes:type_name -> node.v1.Change
-	8,  // 5: node.v1.ReportRequest.load:type_name -> agent.v1.Load
-	9,  // 6: node.v1.Change.time:type_name -> google.protobuf.Timestamp
-	10, // 7: node.v1.Change.sandbox:type_name -> agent.v1.Sandbox
-	11, // 8: node.v1.ReportResponse.decides:type_name -> google.protobuf.Duration
-	0,  // 9: node.v1.NodeService.Register:input_type -> node.v1.RegisterRequest
-	3,  // 10: node.v1.NodeService.Report:input_type -> node.v1.ReportRequest
-	2,  // 11: node.v1.NodeService.Register:output_type -> node.v1.RegisterResponse
-	5,  // 12: node.v1.NodeService.Report:output_type -> node.v1.ReportResponse
-	11, // [11:13] is the sub-list for method output_type
-	9,  // [9:11] is the sub-list for method input_type
-	9,  // [9:9] is the sub-list for extension type_name
-	9,  // [9:9] is the sub-list for extension extendee
-	0,  // [0:9] is the sub-list for field type_name
+	8,  // 1: node.v1.RegisterRequest.capacity:type_name -> agent.v1.Resources
+	7,  // 2: node.v1.RegisterRequest.labels:type_name -> node.v1.RegisterRequest.LabelsEntry
+	8,  // 3: node.v1.RegisterRequest.machine:type_name -> agent.v1.Resources
+	5,  // 4: node.v1.ReportRequest.changes:type_name -> node.v1.Change
+	9,  // 5: node.v1.ReportRequest.load:type_name -> agent.v1.Load
+	10, // 6: node.v1.Change.time:type_name -> google.protobuf.Timestamp
+	11, // 7: node.v1.Change.sandbox:type_name -> agent.v1.Sandbox
+	12, // 8: node.v1.ReportResponse.decides:type_name -> google.protobuf.Duration
+	4,  // 9: node.v1.ReportResponse.refusals:type_name -> node.v1.Refusal
+	0,  // 10: node.v1.NodeService.Register:input_type -> node.v1.RegisterRequest
+	3,  // 11: node.v1.NodeService.Report:input_type -> node.v1.ReportRequest
+	2,  // 12: node.v1.NodeService.Register:output_type -> node.v1.RegisterResponse
+	6,  // 13: node.v1.NodeService.Report:output_type -> node.v1.ReportResponse
+	12, // [12:14] is the sub-list for method output_type
+	10, // [10:12] is the sub-list for method input_type
+	10, // [10:10] is the sub-list for extension type_name
+	10, // [10:10] is the sub-list for extension extendee
+	0,  // [0:10] is the sub-list for field type_name
 }
 
 func init() { file_node_v1_node_proto_init() }
@@ -633,7 +722,7 @@ func file_node_v1_node_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_node_v1_node_proto_rawDesc), len(file_node_v1_node_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   7,
+			NumMessages:   8,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
