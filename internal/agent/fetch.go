@@ -72,6 +72,11 @@ func (a *Agent) fetchTemplate(ctx context.Context, req *agentv1.FetchRequest, fr
 
 // fetchSaved gets a checkpoint.
 func (a *Agent) fetchSaved(ctx context.Context, req *agentv1.FetchRequest, from sources) (*agentv1.FetchResponse, error) {
+	if req.GetReplica() {
+		if err := a.dropUnmarked(req.GetCheckpointId()); err != nil {
+			return nil, err
+		}
+	}
 	m, moved, err := a.fetchCheckpoint(ctx, req.GetCheckpointId(), from, req.GetReplica())
 	if err != nil {
 		return nil, err
@@ -80,6 +85,19 @@ func (a *Agent) fetchSaved(ctx context.Context, req *agentv1.FetchRequest, from 
 		a.warmFor(req, poolKey{digest: m.ImageDigest, size: m.Resources, checkpoint: m.ID}, m)
 	}
 	return &agentv1.FetchResponse{MovedBytes: moved, Checkpoint: toWireCheckpoint(&m)}, nil
+}
+
+// dropUnmarked deletes a checkpoint that is to be kept as a replica and is here as something else: what was left of a sandbox that
+// went elsewhere is deleted sooner or later. Errors: ErrConflict where a sandbox of this node needs it.
+func (a *Agent) dropUnmarked(id string) error {
+	m, err := a.saves.Get(id)
+	if err != nil || m.Replica || !m.Pause {
+		return nil //nolint:nilerr // what is not there is fetched
+	}
+	if in := a.ownerOf(id); in != nil {
+		return sandbox.Conflictf("checkpoint %s is needed by sandbox %s on node %s itself: it cannot be kept for another now", id, in.id, a.node)
+	}
+	return a.saves.Remove(id)
 }
 
 // warmFor has warm sandboxes made, if the request asks for them.

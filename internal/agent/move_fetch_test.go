@@ -98,3 +98,30 @@ func TestReceiveOfAReplica(t *testing.T) {
 		n.verify()
 	})
 }
+
+// TestReplicaOfWhatIsHere has a node keep a replica of what it has something left of already.
+func TestReplicaOfWhatIsHere(t *testing.T) {
+	bubbles(t, func(m, other *machine) {
+		t := m.t
+		n, to, w := pair(m, other, 10)
+		peers := w.add(n)
+		id := n.create(func(r *agentv1.CreateRequest) { r.ImageDigest = w.image })
+		m.check(n.pauseIt(id, kindMemory))
+		saved := n.recordOf(id).Checkpoint
+		for _, replica := range []bool{false, true} {
+			if _, err := to.fetch(saved, replica, peers...); err != nil {
+				t.Fatalf("replica %t: %v", replica, err)
+			}
+		}
+		synctest.Wait()
+		if got := to.replicas(); len(got) != 1 || got[0] != saved {
+			t.Errorf("replicas: %v; want %s", got, saved)
+		}
+		if _, err := n.fetch(saved, true, w.add(to)...); !errors.Is(err, sandbox.ErrConflict) {
+			t.Errorf("a replica of its own sandbox: %v", err)
+		}
+		if got := n.state(id); got != "paused" {
+			t.Errorf("state: %s", got)
+		}
+	})
+}

@@ -191,16 +191,20 @@ func (a *Agent) unreceive(ctx context.Context, in *instance) error {
 		in.setLeft(true)
 		return err
 	}
-	a.dropFetched(&r)
+	a.dropFetched(ctx, &r)
 	return nil
 }
 
-// dropFetched deletes what a copy of a sandbox would have gone on from, unless that was here before as a replica.
-func (a *Agent) dropFetched(r *journal.Record) {
-	if m, err := a.saves.Get(r.Checkpoint); err == nil && m.Replica && r.Received {
+// dropFetched deletes what a copy of a sandbox would have gone on from, unless that was here before as a replica. It is gone
+// before anybody is told that the copy is: from then on it may be wanted here as a replica.
+func (a *Agent) dropFetched(ctx context.Context, r *journal.Record) {
+	if m, err := a.saves.Get(r.Checkpoint); err != nil || m.Replica && r.Received {
 		return
 	}
-	a.dropLater(r.Checkpoint)
+	if err := a.saves.Remove(r.Checkpoint); err != nil { // the next process does it
+		a.log.WarnContext(ctx, "checkpoint not deleted", slog.String("checkpoint_id", r.Checkpoint), slog.Any("err", err))
+	}
+	a.poke() // an image may have lost its last user
 }
 
 // Forget drops a copy of a sandbox that is not the one that counts, or what is kept of a sandbox of another node.
@@ -256,9 +260,9 @@ func (a *Agent) dropCopy(ctx context.Context, in *instance) error {
 	if err != nil && !errors.Is(err, sandbox.ErrNotFound) {
 		return err
 	}
+	a.dropFetched(ctx, &r)
 	a.announce()
 	a.drop(in)
-	a.dropFetched(&r)
 	a.log.InfoContext(ctx, "copy of a sandbox dropped", slog.String("op", "forget"), slog.String("sandbox_id", string(in.id)),
 		slog.Int64("generation", r.Generation))
 	return nil
