@@ -190,6 +190,7 @@ func (t *transit) passAnswer(ctx context.Context) error {
 	var err error
 	switch by {
 	case framingNone:
+		t.releaseEarly()
 		err = t.write(out, 0)
 	case framingLength:
 		err = t.passLength(out)
@@ -210,6 +211,14 @@ func (t *transit) passAnswer(ctx context.Context) error {
 		t.release()
 	}
 	return nil
+}
+
+// releaseEarly lets another request have the guest's connection before the client has the answer, all of which is here: the
+// client's next request, on whatever connection, then finds it.
+func (t *transit) releaseEarly() {
+	if t.body.over == nil && t.reusable() {
+		t.release()
+	}
 }
 
 // reusable reports whether the guest's connection is where a next request can begin.
@@ -253,12 +262,12 @@ func (t *transit) passLength(out []byte) error {
 	n := int(min(t.head.Length, int64(t.to-t.from)))
 	out = append(out, t.in[t.from:t.from+n]...)
 	t.from += n
-	if err := t.write(out, n); err != nil {
-		return err
-	}
 	left := t.head.Length - int64(n)
 	if left == 0 {
-		return nil
+		t.releaseEarly()
+	}
+	if err := t.write(out, n); err != nil || left == 0 {
+		return err
 	}
 	if c, b := t.client.tcp, t.backend.tcp; left >= spliceFrom && c != nil && b != nil {
 		for left > 0 {
