@@ -364,7 +364,7 @@ func (r *Run) finish() {
 	})
 	for _, slot := range order {
 		for _, verb := range []Verb{Toggle, Read, End} {
-			if verb == Toggle && boxes[slot].Belief == Running {
+			if belief := boxes[slot].Belief; verb == Toggle && belief == Running || verb != End && belief == Doomed {
 				continue
 			}
 			done, b, err := r.user.do(ctx, r.ledger, slot, verb)
