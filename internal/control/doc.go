@@ -13,6 +13,6 @@
 // A Control is safe for concurrent use. Run owns its goroutines: those that follow builds, drains and copies, the one that
 // settles, the one that forgets ended sandboxes, and the one that removes from nodes what a crash left there. busy gives one
 // decision at a time a sandbox to itself; it is taken before anything else. Locks: copies.mu before fleet.mu; but for that none
-// of index.mu, fleet.mu, catalog.mu, builds.mu, saving.mu, finder.mu, noted.mu, strays.mu and drains.mu is held while
+// of index.mu, fleet.mu, catalog.mu, builds.mu, saving.mu, finder.mu, noted.mu, strays.mu, activity.mu, attendance.mu and drains.mu is held while
 // another is taken, and none during I/O.
 package control

@@ -92,7 +92,10 @@ func (c *Control) runPresences(ctx context.Context) {
 	}
 	var g errgroup.Group
 	g.Go(func() error { return c.presences.WatchPresences(ctx, c.presenceWatcher()) })
-	g.Go(func() error { (&keeper{control: c, stays: make(map[string]*stay)}).run(ctx); return nil })
+	g.Go(func() error {
+		(&keeper{control: c, stays: make(map[string]*stay), removed: make(map[string]<-chan struct{})}).run(ctx)
+		return nil
+	})
 	if err := g.Wait(); err != nil && ctx.Err() == nil {
 		c.log.LogAttrs(ctx, slog.LevelError, "proxies are not followed: nothing counts as idle any more", errAttr(err))
 	}
@@ -167,6 +170,8 @@ func (a *attendance) arrive(ctx context.Context, v arrival) error {
 type keeper struct {
 	control *Control
 	stays   map[string]*stay
+	// removed is closed once the record of a proxy that left is gone: one that is back waits for that.
+	removed map[string]<-chan struct{}
 	keeping sync.WaitGroup
 }
 
@@ -211,6 +216,7 @@ func (k *keeper) take(ctx context.Context, v arrival) {
 	switch {
 	case v.leaving:
 		delete(k.stays, id)
+		k.removed[id] = v.taken
 		k.keeping.Go(func() { k.remove(ctx, s, v) })
 		return
 	case s != nil && s.presence != v.presence: // it has started anew
@@ -228,9 +234,14 @@ func (k *keeper) take(ctx context.Context, v arrival) {
 func (k *keeper) keep(ctx context.Context, p store.Presence) *stay {
 	ctx, cancel := context.WithCancel(ctx)
 	s := &stay{presence: p, end: cancel, ended: make(chan struct{})}
+	before := k.removed[p.ID]
+	delete(k.removed, p.ID)
 	k.keeping.Go(func() {
 		defer close(s.ended)
 		defer cancel()
+		if before != nil {
+			<-before
+		}
 		p.Name = k.control.memberName(ctx, sandbox.Member{Role: p.Role, ID: p.ID})
 		if err := k.control.presences.Attend(ctx, p, presenceLife); err != nil && ctx.Err() == nil {
 			k.control.log.LogAttrs(ctx, slog.LevelError, "the record of a proxy is not kept", slog.String("proxy", p.ID), errAttr(err))
