@@ -277,7 +277,7 @@ func TestRoutes(t *testing.T) {
 		{"POST", "/v1/templates", `{"name":"t","from_template":"nope"}`, 404, ""},
 		{"POST", "/v1/templates", `{"name":"t","from_template":"base","steps":[{"type":"COPY","args":["a","/b"],"files_hash":"A"}]}`, 400, "files hash"},
 		{"POST", "/v1/templates", `{"name":"t","from_template":"base","steps":[{"type":"COPY","args":["a","/b"],"files_hash":"abc"}]}`, 400, "upload them first"},
-		{"PATCH", "/v1/templates/base", `{}`, 400, "public is missing"},
+		{"PATCH", "/v1/templates/base", `{}`, 400, "nothing is to be changed"},
 		{"PATCH", "/v1/templates/base", `{"public":false}`, 200, `"kind":"template"`},
 		{"PUT", "/v1/templates/base/tags", `{"tags":["v1"]}`, 200, `"v1":{"build_id":"`},
 		{"PUT", "/v1/templates/base:v1/tags", `{"tags":["v1"]}`, 400, "without a tag"},

@@ -15,6 +15,9 @@ import (
 // drainPoll is how often the progress of a drain is looked at.
 const drainPoll = 500 * time.Millisecond
 
+// defaultDrainTimeout is how long a drain is tried that nobody gave a time.
+const defaultDrainTimeout = 10 * time.Minute
+
 func (a *app) nodeDrain() *cobra.Command {
 	var timeout time.Duration
 	var d client.DrainNode
@@ -25,11 +28,14 @@ func (a *app) nodeDrain() *cobra.Command {
 		Example: "  cloister node drain node-1\n  cloister node drain node-1 --timeout 10m --force",
 		Args:    exactly(1, "one node, by name or id"), ValidArgsFunction: a.complete(1, nodeNames),
 		RunE: func(c *cobra.Command, args []string) error {
+			if d.Force && !c.Flags().Changed("timeout") {
+				timeout = 0
+			}
 			d.TimeoutSeconds = int64(timeout / time.Second)
 			return a.drainNode(c.Context(), args[0], d)
 		},
 	}
-	c.Flags().DurationVar(&timeout, "timeout", 0, "how long to try; what is left then stays where it is, unless --force ends it; 0 means as long as it takes")
+	c.Flags().DurationVar(&timeout, "timeout", defaultDrainTimeout, "how long to try; what is left then stays where it is, unless --force ends it; 0 means as long as it takes,\nand so does --force without --timeout, which ends at once what cannot be moved")
 	c.Flags().IntVar(&d.MaxParallel, "max-parallel", 0, "how many sandboxes are moved at once; 0 means 4")
 	c.Flags().BoolVar(&d.Force, "force", false, "end the sandboxes that cannot be moved")
 	c.Flags().StringVar(&d.Reason, "reason", "", "`why`, for those who look at the node")
@@ -48,7 +54,12 @@ func (a *app) drainNode(ctx context.Context, node string, d client.DrainNode) er
 	}
 	bar := newProgress(a.err)
 	defer bar.end()
+	stuck := ""
 	for n.Drain != nil && n.Drain.DoneAt.IsZero() {
+		if n.Drain.Stuck != stuck && n.Drain.Stuck != "" {
+			bar.line("nothing can be moved now: " + n.Drain.Stuck)
+		}
+		stuck = n.Drain.Stuck
 		bar.update(drainText(n), drainFraction(n.Drain))
 		select {
 		case <-ctx.Done():

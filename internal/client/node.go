@@ -55,6 +55,8 @@ type Drain struct {
 	Moved int `json:"moved"`
 	Ended int `json:"ended"`
 	Left  int `json:"left"`
+	// Stuck says why nothing can be moved at present; empty while it goes on.
+	Stuck string `json:"stuck,omitempty"`
 	// Waiting says what else is waited for.
 	Waiting []string `json:"waiting,omitempty"`
 	// Failed are sandboxes that could not be moved at the last attempt.

@@ -49,11 +49,16 @@ func (c *Client) DeleteTemplate(ctx context.Context, idOrName string) error {
 	return err
 }
 
+// UpdateTemplate changes what is set of a template.
+func (c *Client) UpdateTemplate(ctx context.Context, idOrName string, in UpdateTemplate) (Template, error) {
+	var out Template
+	_, err := c.call(ctx, http.MethodPatch, templatePath(idOrName), in, &out)
+	return out, err
+}
+
 // SetPublic says whether everybody may use a template.
 func (c *Client) SetPublic(ctx context.Context, idOrName string, public bool) (Template, error) {
-	var out Template
-	_, err := c.call(ctx, http.MethodPatch, templatePath(idOrName), map[string]bool{"public": public}, &out)
-	return out, err
+	return c.UpdateTemplate(ctx, idOrName, UpdateTemplate{Public: &public})
 }
 
 // SetTags lets tags mean the build that another tag means.

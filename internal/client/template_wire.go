@@ -13,8 +13,13 @@ type Template struct {
 	// Builds are the newest first.
 	Builds        []TemplateBuild `json:"builds"`
 	SourceSandbox string          `json:"source_sandbox,omitempty"`
-	CreatedAt     time.Time       `json:"created_at"`
-	UpdatedAt     time.Time       `json:"updated_at"`
+	// Placement, NodeSelector, NodeAffinity and Tolerations are as in UpdateTemplate; empty where nothing is set.
+	Placement    string    `json:"placement,omitempty"`
+	NodeSelector string    `json:"node_selector,omitempty"`
+	NodeAffinity string    `json:"node_affinity,omitempty"`
+	Tolerations  string    `json:"tolerations,omitempty"`
+	CreatedAt    time.Time `json:"created_at"`
+	UpdatedAt    time.Time `json:"updated_at"`
 }
 
 // Tag is what one tag of a template means.
@@ -117,7 +122,14 @@ type SetTags struct {
 
 // UpdateTemplate is the body of PATCH /v1/templates/{id or name}; the answer is a Template.
 type UpdateTemplate struct {
-	Public *bool `json:"public"`
+	Public *bool `json:"public,omitempty"`
+	// Placement is how many nodes have it before it is asked for there: on_demand, all or a number from 1 on; empty is as the
+	// cluster says.
+	Placement *string `json:"placement,omitempty"`
+	// NodeSelector, NodeAffinity and Tolerations say where its sandboxes may go, in the words of a create's metadata.
+	NodeSelector *string `json:"node_selector,omitempty"`
+	NodeAffinity *string `json:"node_affinity,omitempty"`
+	Tolerations  *string `json:"tolerations,omitempty"`
 }
 
 // PushTemplate is the body of POST /v1/templates/{id or name[:tag]}/push. The answer (202) is a StartedBuild.

@@ -45,6 +45,8 @@ type DrainProgress struct {
 	Moved int
 	Ended int
 	Left  int
+	// Stuck says why nothing can be done at present, so that the drain does not end by itself; empty while it goes on.
+	Stuck string
 	// Waiting says what else is waited for: builds, and templates that no other node has.
 	Waiting []string
 	// Failed are the sandboxes that could not be moved at the last attempt, with the reason.
@@ -119,6 +121,7 @@ type draining struct {
 	moved   int
 	ended   int
 	left    int
+	stuck   string
 	waiting []string
 	failed  map[sandbox.ID]failure
 }
@@ -126,6 +129,8 @@ type draining struct {
 type failure struct {
 	reason string
 	at     time.Time
+	// hopeless means that trying again does not help by itself.
+	hopeless bool
 }
 
 func newDrains() *drains {
@@ -191,7 +196,7 @@ func (d *drains) progress(node sandbox.NodeID, s *sandbox.NodeDrain) *DrainProgr
 	if g == nil || !g.started.Equal(s.StartedAt) {
 		return p
 	}
-	p.Moved, p.Ended, p.Left, p.Waiting = g.moved, g.ended, g.left, slices.Clone(g.waiting)
+	p.Moved, p.Ended, p.Left, p.Waiting, p.Stuck = g.moved, g.ended, g.left, slices.Clone(g.waiting), g.stuck
 	for _, id := range slices.Sorted(maps.Keys(g.failed)) {
 		if len(p.Failed) < maxFailures {
 			p.Failed = append(p.Failed, DrainFailure{ID: id, Reason: g.failed[id].reason})

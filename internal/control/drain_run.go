@@ -105,6 +105,7 @@ func (c *Control) drainRound(ctx context.Context, node sandbox.NodeID, d sandbox
 	left := c.index.at(node, func(e *entry) bool { return !e.box.State.Ended() })
 	c.drains.change(node, func(g *draining) {
 		g.left, g.waiting = len(left), waiting
+		g.stuck = g.whyStuck(left, c.fleet.onlyOpen(node))
 		for id := range g.failed {
 			if !slices.Contains(left, id) {
 				delete(g.failed, id)
@@ -112,6 +113,33 @@ func (c *Control) drainRound(ctx context.Context, node sandbox.NodeID, d sandbox
 		}
 	})
 	return len(left) + len(waiting)
+}
+
+// whyStuck says why none of the sandboxes that are left can be moved; empty where one may be. alone means that there is no other
+// node that gets new sandboxes.
+func (g *draining) whyStuck(left []sandbox.ID, alone bool) string {
+	if len(left) > 0 && alone {
+		return "no other node gets new sandboxes: `cloister node uncordon` opens one, `cloister join` adds one, --force ends what is here"
+	}
+	first := ""
+	for _, id := range left {
+		f, ok := g.failed[id]
+		if !ok || !f.hopeless {
+			return ""
+		}
+		if first == "" {
+			first = f.reason
+		}
+	}
+	if first == "" {
+		return ""
+	}
+	return first + "; this ends when there is room, or with --force, which ends what is left"
+}
+
+// onlyOpen reports whether no other node gets new sandboxes.
+func (f *fleet) onlyOpen(node sandbox.NodeID) bool {
+	return !slices.ContainsFunc(f.openNodes(), func(n sandbox.NodeID) bool { return n != node })
 }
 
 // drainOne moves one sandbox. What cannot be moved is ended where that is wanted.
@@ -131,7 +159,9 @@ func (c *Control) drainOne(ctx context.Context, node sandbox.NodeID, id sandbox.
 		}
 	}
 	c.log.LogAttrs(ctx, slog.LevelWarn, "sandbox not moved", slog.String("sandbox_id", string(id)), nodeAttr(node), errAttr(err))
-	c.drains.change(node, func(g *draining) { g.failed[id] = failure{reason: err.Error(), at: time.Now()} })
+	c.drains.change(node, func(g *draining) {
+		g.failed[id] = failure{reason: err.Error(), at: time.Now(), hopeless: hopeless(err)}
+	})
 }
 
 // hopeless reports whether trying again will not help by itself.

@@ -541,3 +541,32 @@ func TestTemplateSelector(t *testing.T) {
 		t.Errorf("created at %s", box.NodeID)
 	}
 }
+
+// TestChangeTemplate checks what can be set of a template, and that it counts.
+func TestChangeTemplate(t *testing.T) {
+	c := apitest.NewCluster(t, nil)
+	c.Join(t, apitest.NewNode("bbbbbb"))
+	got, err := c.Control.ChangeTemplate(t.Context(), "base", control.TemplateChange{Placement: new("3"), NodeSelector: new("cloister.dev/node=bbbbbb")})
+	if err != nil || control.PlacementText(got.Placement) != "3" {
+		t.Fatalf("%+v, %v", got, err)
+	}
+	for range 5 {
+		if box := mustCreate(t, c, minute()); box.NodeID != "bbbbbb" {
+			t.Errorf("created at %s", box.NodeID)
+		}
+	}
+	for _, text := range []string{"on_demand", "all", "12", ""} {
+		got, err := c.Control.ChangeTemplate(t.Context(), "base", control.TemplateChange{Placement: &text})
+		if err != nil || control.PlacementText(got.Placement) != text || got.NodeSelector == "" {
+			t.Errorf("%q: %+v, %v", text, got, err)
+		}
+	}
+	for name, change := range map[string]control.TemplateChange{
+		"nothing": {}, "placement": {Placement: new("0")}, "word": {Placement: new("some")}, "selector": {NodeSelector: new("=")},
+		"affinity": {NodeAffinity: new("*")}, "tolerations": {Tolerations: new("a:b:c:d")},
+	} {
+		if _, err := c.Control.ChangeTemplate(t.Context(), "base", change); !errors.Is(err, sandbox.ErrInvalid) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}

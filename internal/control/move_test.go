@@ -306,6 +306,38 @@ func TestDrainWithNowhereToGo(t *testing.T) {
 	}
 }
 
+// TestStuckDrain checks that a drain that does not end by itself says why at once, and no longer once it can go on.
+func TestStuckDrain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := newPair(t)
+		p.b.Room = 1
+		full := mustCreate(t, p.Cluster, minute())
+		for full.NodeID != "bbbbbb" {
+			full = mustCreate(t, p.Cluster, minute())
+		}
+		p.drain(t, control.DrainRequest{})
+		p.pass(t, time.Second)
+		if d := nodeOf(t, p.Cluster, "aaaaaa").Drain; !strings.Contains(d.Stuck, "has no room") || !strings.Contains(d.Stuck, "--force") {
+			t.Errorf("no room: %+v", d)
+		}
+		if _, err := p.Control.UpdateNode(t.Context(), "bbbbbb", control.NodeChange{Cordoned: new(true)}); err != nil {
+			t.Fatal(err)
+		}
+		p.pass(t, time.Second)
+		if d := nodeOf(t, p.Cluster, "aaaaaa").Drain; !strings.Contains(d.Stuck, "no other node") {
+			t.Errorf("no other node: %+v", d)
+		}
+		p.b.Room = 0
+		if _, err := p.Control.UpdateNode(t.Context(), "bbbbbb", control.NodeChange{Cordoned: new(false)}); err != nil {
+			t.Fatal(err)
+		}
+		p.pass(t, 30*time.Second)
+		if d := nodeOf(t, p.Cluster, "aaaaaa").Drain; d.Stuck != "" || d.DoneAt.IsZero() {
+			t.Errorf("room again: %+v", d)
+		}
+	})
+}
+
 // TestDrainSurvivesARestart checks that the next server goes on with it.
 func TestDrainSurvivesARestart(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -76,19 +76,3 @@ func (c *Control) RemoveTags(ctx context.Context, ref string, tags []string) err
 	}
 	return nil
 }
-
-// SetPublic records whether a template is public. Errors: ErrInvalid, ErrNotFound.
-func (c *Control) SetPublic(ctx context.Context, ref string, public bool) (sandbox.Template, error) {
-	t, _, err := c.resolve(ctx, ref)
-	if err != nil {
-		return sandbox.Template{}, err
-	}
-	t, err = c.changeTemplate(ctx, t.ID, func(t *sandbox.Template) error {
-		t.Public, t.UpdatedAt = public, time.Now().UTC()
-		return nil
-	})
-	if err != nil {
-		return sandbox.Template{}, fmt.Errorf("publish template %q: %w", ref, err)
-	}
-	return t, nil
-}

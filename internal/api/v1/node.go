@@ -79,7 +79,7 @@ func drainToWire(p *control.DrainProgress) *client.Drain {
 	}
 	w := &client.Drain{
 		StartedAt: p.StartedAt.UTC(), Deadline: p.Deadline, DoneAt: p.DoneAt, Error: p.Error, Force: p.Force,
-		Moved: p.Moved, Ended: p.Ended, Left: p.Left, Waiting: p.Waiting,
+		Moved: p.Moved, Ended: p.Ended, Left: p.Left, Stuck: p.Stuck, Waiting: p.Waiting,
 	}
 	for _, f := range p.Failed {
 		w.Failed = append(w.Failed, client.DrainFailure{ID: string(f.ID), Reason: f.Reason})

@@ -18,10 +18,7 @@ func (s *server) updateTemplate(w http.ResponseWriter, r *http.Request) error {
 	if err := exchange.Read(w, r, &body); err != nil {
 		return err
 	}
-	if body.Public == nil {
-		return sandbox.Invalidf("public is missing: want true or false")
-	}
-	t, err := s.control.SetPublic(r.Context(), r.PathValue("id"), *body.Public)
+	t, err := s.control.ChangeTemplate(r.Context(), r.PathValue("id"), control.TemplateChange(body))
 	if err != nil {
 		return err
 	}
