@@ -37,7 +37,7 @@ func digest(text []byte) string {
 
 // dispatchPinned asks one node after the other, and notes before each which one it is: a repeated request goes to the node
 // that may have carried out the first. Only a clear refusal lets it go on to the next.
-// Errors: ErrConflict for a key that was used with another request.
+// Errors: ErrConflict for a key that was used with another request, or whose node is down.
 func (c *Control) dispatchPinned(ctx context.Context, pin sandbox.Pin, d scheduler.Decision, msg *agentv1.CreateRequest) (sandbox.Sandbox, error) {
 	ctx, cancel := context.WithTimeout(ctx, c.limits.CreateDeadline)
 	defer cancel()
@@ -52,11 +52,17 @@ func (c *Control) dispatchPinned(ctx context.Context, pin sandbox.Pin, d schedul
 		return sandbox.Sandbox{}, fmt.Errorf("note the idempotency key: %w", err)
 	case kept.Request != pin.Request:
 		return sandbox.Sandbox{}, sandbox.Conflictf("the idempotency key was used with another request: use a new key for each request")
+	case was && !c.pinnedThere(kept):
+		// Whatever its node made is gone with it; or there was none to ask.
+	case was && c.fleet.isGivenUp(kept.Node, time.Now()):
+		return sandbox.Sandbox{}, c.unknowable(kept.Node)
 	case was:
 		candidates = append([]sandbox.NodeID{kept.Node}, slices.DeleteFunc(slices.Clone(candidates), func(n sandbox.NodeID) bool { return n == kept.Node })...)
-	case len(candidates) == 0:
+	}
+	if len(candidates) == 0 {
 		return sandbox.Sandbox{}, errors.Join(refusal(d), c.pins.Unpin(ctx, pin.Key))
 	}
+	first := kept.Node
 	var last error
 	for _, node := range candidates {
 		if node != kept.Node {
@@ -70,7 +76,7 @@ func (c *Control) dispatchPinned(ctx context.Context, pin sandbox.Pin, d schedul
 			return box, nil
 		}
 		last = err
-		unclear := was && errors.Is(err, errNotAsked) // an earlier request may have reached it
+		unclear := was && node == first && errors.Is(err, errNotAsked) // an earlier request may have reached it
 		if !declined(err) || unclear || ctx.Err() != nil {
 			break
 		}
@@ -86,4 +92,23 @@ func (c *Control) dispatchPinned(ctx context.Context, pin sandbox.Pin, d schedul
 // declined reports whether a node made nothing and another may.
 func declined(err error) bool {
 	return errors.Is(err, sandbox.ErrExhausted) || errors.Is(err, errNotThere) || errors.Is(err, errNotAsked)
+}
+
+// pinnedThere reports whether the node that a request was sent to is still in the cluster.
+func (c *Control) pinnedThere(p sandbox.Pin) bool { return c.fleet.has(p.Node) }
+
+// unknowable says what is known of a request whose node is down: that it was sent there. Only the node knows whether it was carried
+// out.
+func (c *Control) unknowable(node sandbox.NodeID) error {
+	name := c.fleet.nameOf(node)
+	return sandbox.Conflictf("an earlier request with this idempotency key was sent to node %s, which is down: whether it made a sandbox is known when that "+
+		"answers; repeat the request then, or after `cloister node rm %s`, or use a new key", name, name)
+}
+
+// isGivenUp reports whether a node is down for longer than its grace.
+func (f *fleet) isGivenUp(id sandbox.NodeID, now time.Time) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	m := f.members[id]
+	return m != nil && f.givenUp(m, now)
 }

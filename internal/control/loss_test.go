@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -569,4 +570,42 @@ func TestChangeTemplate(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
+}
+
+// TestIdempotencyKeyOfALostNode checks what a repeated request hears while its node is silent, down, and removed.
+func TestIdempotencyKeyOfALostNode(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := lossy(t)
+		req := minute()
+		req.IdempotencyKey = "order-1"
+		box := mustCreate(t, c, req)
+		other := apitest.NewNode("bbbbbb")
+		c.Join(t, other)
+		silent(t, c, c.Node, 4*time.Second, other)
+		if _, err := c.Control.Create(t.Context(), req); !errors.Is(err, sandbox.ErrUnavailable) {
+			t.Errorf("it is silent: %v", err)
+		}
+		silent(t, c, c.Node, 14*time.Second, other)
+		if _, err := c.Control.Create(t.Context(), req); !errors.Is(err, sandbox.ErrConflict) || !strings.Contains(err.Error(), "node-aaaaaa") {
+			t.Errorf("it is down: %v", err)
+		}
+		c.Agents.Set("aaaaaa", c.Node)
+		if err := c.Report(t, c.Node, false); err != nil {
+			t.Fatal(err)
+		}
+		if again := mustCreate(t, c, req); again.ID != box.ID {
+			t.Errorf("it is back: made %s, not %s", again.ID, box.ID)
+		}
+		silent(t, c, c.Node, 20*time.Second, other)
+		if err := c.Control.RemoveNode(t.Context(), "aaaaaa", true); err != nil {
+			t.Fatal(err)
+		}
+		again := mustCreate(t, c, req)
+		if again.NodeID != "bbbbbb" {
+			t.Errorf("it was removed: made at %s", again.NodeID)
+		}
+		if third := mustCreate(t, c, req); third.ID != again.ID {
+			t.Errorf("repeated: made %s, not %s", third.ID, again.ID)
+		}
+	})
 }
