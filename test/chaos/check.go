@@ -12,8 +12,13 @@ import (
 	"github.com/cloister-dev/cloister/internal/sandbox"
 )
 
-// staleAfter is how old a checkpoint is that nothing names any more: replicas without a record are kept for a minute.
-const staleAfter = 150 * time.Second
+const (
+	// staleAfter is how old a checkpoint is that nothing names any more: replicas without a record are kept for a minute.
+	staleAfter = 150 * time.Second
+	// What a transfer that broke off has left is kept for an hour, so that the next one goes on from there.
+	partialPrefix = ".partial-"
+	partialAfter  = time.Hour + time.Minute
+)
 
 // View is what is found on the machines at one time.
 type View struct {
@@ -180,7 +185,11 @@ func (c *check) machine(m *MachineView) {
 		c.fail("orphan", "", m.Name, "%d network links for %d sandboxes and %d spare ones", m.Links, running, m.Spare)
 	}
 	for name, age := range m.Checkpoints {
-		if !named[name] && age > staleAfter && !c.replicated(name) {
+		most := staleAfter
+		if strings.HasPrefix(name, partialPrefix) {
+			most = partialAfter
+		}
+		if !named[name] && age > most && !c.replicated(name) {
 			c.fail("orphan", "", m.Name, "checkpoint %s, %s old, of no sandbox", name, age.Round(time.Second))
 		}
 	}

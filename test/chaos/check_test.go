@@ -83,6 +83,8 @@ func TestCheck(t *testing.T) {
 		{"a stray control group", func(_ *Promises, v *View) { v.Machines[0].Groups = []string{"r", "p"} }, []string{"orphan"}},
 		{"stray links", func(_ *Promises, v *View) { v.Machines[0].Links = 3 }, []string{"orphan"}},
 		{"a stray checkpoint", func(_ *Promises, v *View) { v.Machines[1].Checkpoints["x"] = time.Hour }, []string{"orphan"}},
+		{"a part of a checkpoint", func(_ *Promises, v *View) { v.Machines[1].Checkpoints[".partial-x"] = time.Hour }, nil},
+		{"an old part", func(_ *Promises, v *View) { v.Machines[1].Checkpoints[".partial-x"] = 2 * time.Hour }, []string{"orphan"}},
 		{"a checkpoint that is new", func(_ *Promises, v *View) { v.Machines[1].Checkpoints["x"] = time.Second }, nil},
 		{"a stray sandbox", func(p *Promises, _ *View) { p.Tags = nil }, []string{"orphan", "orphan"}},
 		{"back from the dead", func(_ *Promises, v *View) { v.Routed["k"] = true }, []string{"orphan"}},
