@@ -90,8 +90,3 @@ func (s *Store) DeleteNodeSettings(ctx context.Context, id sandbox.NodeID) error
 	}
 	return err
 }
-
-// WatchNodeSettings feeds w until ctx ends.
-func (s *Store) WatchNodeSettings(ctx context.Context, w Watcher[sandbox.NodeSettings]) error {
-	return s.nodeSettings().watch(ctx, w)
-}

@@ -104,8 +104,3 @@ func (s *Store) ChangePlacement(ctx context.Context, id sandbox.ID, change func(
 	}
 	return all.changed(string(id))
 }
-
-// WatchPlacements feeds w until ctx ends.
-func (s *Store) WatchPlacements(ctx context.Context, w Watcher[sandbox.Placement]) error {
-	return s.placements().watch(ctx, w)
-}
