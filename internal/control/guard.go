@@ -193,5 +193,6 @@ func (c *Control) takeReplica(ctx context.Context, r sandbox.Replica) error {
 		return errors.Join(err, c.reloadReplica(ctx, r.ID))
 	}
 	c.noted.setReplica(r.ID, nil)
+	c.copies.spare(r) // it is stored again while the sandbox is paused
 	return nil
 }
