@@ -18,7 +18,7 @@ func (a *app) templateCommand() *cobra.Command {
 	return group(&cobra.Command{
 		Use: "template", Aliases: []string{"tpl"}, Short: "Make and list what sandboxes start from",
 	}, a.templateList(), a.templateShow(), a.templateBuild(), a.templateCreate(), a.templateFollow(), a.templatePull(),
-		a.templatePush(), a.templateTag(), a.templateUntag(), a.templatePlacement(), a.templateSelector(), a.templatePublic("publish", true),
+		a.templatePush(), a.templateTag(), a.templateUntag(), a.templatePlacement(), a.templateSelector(), a.templateIdle(), a.templatePublic("publish", true),
 		a.templatePublic("unpublish", false), a.templateRemove())
 }
 

@@ -59,6 +59,20 @@ func (a *app) templateSelector() *cobra.Command {
 	return c
 }
 
+func (a *app) templateIdle() *cobra.Command {
+	return &cobra.Command{
+		Use: "idle NAME on|off", Short: "Say whether the timeouts of a template's sandboxes count from their last use",
+		Args: exactly(2, "a template and on or off"), ValidArgsFunction: a.complete(1, templateNames),
+		RunE: func(c *cobra.Command, args []string) error {
+			on := args[1] == "on"
+			if !on && args[1] != "off" {
+				return &usageError{fmt.Errorf("%q: want on or off", args[1])}
+			}
+			return a.updateTemplate(c, args[0], client.UpdateTemplate{IdleTimeout: &on})
+		},
+	}
+}
+
 // between wants one argument or two.
 func between(what string) cobra.PositionalArgs {
 	return func(c *cobra.Command, args []string) error {

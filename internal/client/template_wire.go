@@ -13,11 +13,12 @@ type Template struct {
 	// Builds are the newest first.
 	Builds        []TemplateBuild `json:"builds"`
 	SourceSandbox string          `json:"source_sandbox,omitempty"`
-	// Placement, NodeSelector, NodeAffinity and Tolerations are as in UpdateTemplate; empty where nothing is set.
+	// Placement, NodeSelector, NodeAffinity, Tolerations and IdleTimeout are as in UpdateTemplate; empty where nothing is set.
 	Placement    string    `json:"placement,omitempty"`
 	NodeSelector string    `json:"node_selector,omitempty"`
 	NodeAffinity string    `json:"node_affinity,omitempty"`
 	Tolerations  string    `json:"tolerations,omitempty"`
+	IdleTimeout  bool      `json:"idle_timeout,omitempty"`
 	CreatedAt    time.Time `json:"created_at"`
 	UpdatedAt    time.Time `json:"updated_at"`
 }
@@ -130,6 +131,8 @@ type UpdateTemplate struct {
 	NodeSelector *string `json:"node_selector,omitempty"`
 	NodeAffinity *string `json:"node_affinity,omitempty"`
 	Tolerations  *string `json:"tolerations,omitempty"`
+	// IdleTimeout has the timeouts of its sandboxes count from their last use.
+	IdleTimeout *bool `json:"idle_timeout,omitempty"`
 }
 
 // PushTemplate is the body of POST /v1/templates/{id or name[:tag]}/push. The answer (202) is a StartedBuild.

@@ -34,7 +34,8 @@ type CreateRequest struct {
 	AutoPauseKind sandbox.CheckpointKind
 	// AutoResume has a request make the sandbox run again while it is paused.
 	AutoResume bool
-	// IdleTimeout has the timeout count from the sandbox's last use, not from when it was set. With Never it means nothing.
+	// IdleTimeout has the timeout count from the sandbox's last use, not from when it was set, as the template may say too.
+	// With Never it means nothing.
 	IdleTimeout bool
 	// IdempotencyKey makes a node answer a repeated request with the sandbox that it made before.
 	IdempotencyKey string
@@ -142,7 +143,7 @@ func (c *Control) createMessage(t sandbox.Template, b sandbox.Build, req CreateR
 		Resources: resourcesToWire(want), Metadata: req.Metadata, Env: req.Env, Timeout: timeoutToWire(req.Timeout),
 		Secure: req.Secure || b.Secure, AllowInternet: req.AllowInternet, IdempotencyKey: req.IdempotencyKey,
 		CustomSize: want != own, Guest: guestToWire(b.Guest), AutoPause: req.AutoPause,
-		AutoResume: req.AutoResume, IdleTimeout: req.IdleTimeout,
+		AutoResume: req.AutoResume, IdleTimeout: req.IdleTimeout || t.IdleTimeout,
 	}
 	if req.AutoPause {
 		kind, err := kindToWire(req.AutoPauseKind)

@@ -152,6 +152,19 @@ func TestSilentProxy(t *testing.T) {
 	})
 }
 
+// TestIdleTemplate checks that a template can have the timeouts of its sandboxes count from their last use.
+func TestIdleTemplate(t *testing.T) {
+	c := apitest.NewCluster(t, nil)
+	for _, on := range []bool{true, false} {
+		if _, err := c.Control.ChangeTemplate(t.Context(), "base", control.TemplateChange{IdleTimeout: &on}); err != nil {
+			t.Fatal(err)
+		}
+		if box := mustCreate(t, c, minute()); box.IdleTimeout != on {
+			t.Errorf("template %t: idle timeout is %t", on, box.IdleTimeout)
+		}
+	}
+}
+
 // TestSlidingEnd checks that the end of a sandbox moves with its use, whoever tells of that.
 func TestSlidingEnd(t *testing.T) {
 	proxied(t, func(t *testing.T, c *apitest.Cluster, p *usedProxy) {

@@ -21,6 +21,8 @@ type TemplateChange struct {
 	NodeSelector *string
 	NodeAffinity *string
 	Tolerations  *string
+	// IdleTimeout has the timeouts of its sandboxes count from their last use.
+	IdleTimeout *bool
 }
 
 // The words of a template's placement.
@@ -33,7 +35,7 @@ const (
 // ChangeTemplate changes a template, all of it or nothing. Errors: ErrNotFound, ErrInvalid.
 func (c *Control) ChangeTemplate(ctx context.Context, ref string, change TemplateChange) (sandbox.Template, error) {
 	if change == (TemplateChange{}) {
-		return sandbox.Template{}, sandbox.Invalidf("nothing is to be changed: want one of public, placement, node_selector, node_affinity and tolerations")
+		return sandbox.Template{}, sandbox.Invalidf("nothing is to be changed: want one of public, placement, node_selector, node_affinity, tolerations and idle_timeout")
 	}
 	t, _, err := c.resolve(ctx, ref)
 	if err != nil {
@@ -64,6 +66,7 @@ func (h *TemplateChange) apply(t *sandbox.Template, now time.Time) error {
 	take(&next.NodeSelector, h.NodeSelector)
 	take(&next.NodeAffinity, h.NodeAffinity)
 	take(&next.Tolerations, h.Tolerations)
+	take(&next.IdleTimeout, h.IdleTimeout)
 	if err := templateWishes(&scheduler.Request{}, next); err != nil {
 		return err
 	}

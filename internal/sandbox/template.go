@@ -64,11 +64,13 @@ type Template struct {
 	Placement *int `json:"placement,omitempty"`
 	// NodeSelector, NodeAffinity and Tolerations say where its sandboxes may go, in the words of a create's metadata, which
 	// goes before them.
-	NodeSelector string    `json:"node_selector,omitempty"`
-	NodeAffinity string    `json:"node_affinity,omitempty"`
-	Tolerations  string    `json:"tolerations,omitempty"`
-	CreatedAt    time.Time `json:"created_at"`
-	UpdatedAt    time.Time `json:"updated_at"`
+	NodeSelector string `json:"node_selector,omitempty"`
+	NodeAffinity string `json:"node_affinity,omitempty"`
+	Tolerations  string `json:"tolerations,omitempty"`
+	// IdleTimeout has the timeouts of its sandboxes count from their last use.
+	IdleTimeout bool      `json:"idle_timeout,omitempty"`
+	CreatedAt   time.Time `json:"created_at"`
+	UpdatedAt   time.Time `json:"updated_at"`
 }
 
 // Tag is what one tag of a template means.

@@ -12,7 +12,8 @@ func templateToWire(t sandbox.Template) client.Template {
 		ID: string(t.ID), Kind: string(t.Kind), Names: t.Names, Public: t.Public, Tags: make(map[string]client.Tag, len(t.Tags)),
 		Builds: each(t.Builds, templateBuildToWire), SourceSandbox: string(t.SourceSandbox),
 		Placement: control.PlacementText(t.Placement), NodeSelector: t.NodeSelector, NodeAffinity: t.NodeAffinity, Tolerations: t.Tolerations,
-		CreatedAt: t.CreatedAt, UpdatedAt: t.UpdatedAt,
+		IdleTimeout: t.IdleTimeout,
+		CreatedAt:   t.CreatedAt, UpdatedAt: t.UpdatedAt,
 	}
 	if w.Names == nil {
 		w.Names = []string{}
