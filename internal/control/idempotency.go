@@ -47,17 +47,16 @@ func (c *Control) dispatchPinned(ctx context.Context, pin sandbox.Pin, d schedul
 		pin.Node = candidates[0]
 	}
 	kept, was, err := c.pins.Pin(ctx, pin, pinnedFor)
-	switch {
-	case err != nil:
+	if err != nil {
 		return sandbox.Sandbox{}, fmt.Errorf("note the idempotency key: %w", err)
-	case kept.Request != pin.Request:
+	}
+	if kept.Request != pin.Request {
 		return sandbox.Sandbox{}, sandbox.Conflictf("the idempotency key was used with another request: use a new key for each request")
-	case was && !c.pinnedThere(kept):
-		// Whatever its node made is gone with it; or there was none to ask.
-	case was && c.fleet.isGivenUp(kept.Node, time.Now()):
-		return sandbox.Sandbox{}, c.unknowable(kept.Node)
-	case was:
-		candidates = append([]sandbox.NodeID{kept.Node}, slices.DeleteFunc(slices.Clone(candidates), func(n sandbox.NodeID) bool { return n == kept.Node })...)
+	}
+	if was {
+		if candidates, err = c.repeatAt(kept.Node, candidates); err != nil {
+			return sandbox.Sandbox{}, err
+		}
 	}
 	if len(candidates) == 0 {
 		return sandbox.Sandbox{}, errors.Join(refusal(d), c.pins.Unpin(ctx, pin.Key))
@@ -94,8 +93,18 @@ func declined(err error) bool {
 	return errors.Is(err, sandbox.ErrExhausted) || errors.Is(err, errNotThere) || errors.Is(err, errNotAsked)
 }
 
-// pinnedThere reports whether the node that a request was sent to is still in the cluster.
-func (c *Control) pinnedThere(p sandbox.Pin) bool { return c.fleet.has(p.Node) }
+// repeatAt returns whom to ask where a node was asked before: that one first, as long as it is in the cluster; whatever it made is gone
+// with it. Errors: ErrConflict where it is down.
+func (c *Control) repeatAt(node sandbox.NodeID, candidates []sandbox.NodeID) ([]sandbox.NodeID, error) {
+	switch {
+	case !c.fleet.has(node):
+		return candidates, nil
+	case c.fleet.isGivenUp(node, time.Now()):
+		return nil, c.unknowable(node)
+	}
+	others := slices.DeleteFunc(slices.Clone(candidates), func(n sandbox.NodeID) bool { return n == node })
+	return append([]sandbox.NodeID{node}, others...), nil
+}
 
 // unknowable says what is known of a request whose node is down: that it was sent there. Only the node knows whether it was carried
 // out.

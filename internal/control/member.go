@@ -119,39 +119,42 @@ const stayMargin = 5 * time.Second
 
 // Readmit answers the certificate of a member that ended, not too long ago, with a new one for the same key. Errors: ErrDenied.
 func (c *Control) Readmit(ctx context.Context, req *clusterv1.ReadmitRequest) (*clusterv1.ReadmitResponse, error) {
-	m, cert, chain, err := c.readmit(ctx, req)
+	resp, err := c.readmit(ctx, req)
 	if err != nil {
-		c.log.LogAttrs(ctx, slog.LevelWarn, "member not readmitted", slog.String("member", m.String()), errAttr(err))
+		c.log.LogAttrs(ctx, slog.LevelWarn, "member not readmitted", errAttr(err))
 		return nil, toNode(err)
+	}
+	return resp, nil
+}
+
+func (c *Control) readmit(ctx context.Context, req *clusterv1.ReadmitRequest) (*clusterv1.ReadmitResponse, error) {
+	if err := c.joining.check(); err != nil {
+		return nil, err
+	}
+	now := time.Now().UTC()
+	past, err := c.joining.authority.ReadPast(req.GetCertificate(), req.GetCertificateRequest(), c.joining.grace, now)
+	if err != nil {
+		return nil, err
+	}
+	m := past.Member
+	kept, err := c.joining.members.Member(ctx, m)
+	switch {
+	case err != nil && !errors.Is(err, sandbox.ErrNotFound):
+		return nil, err
+	case err != nil, c.joining.members.Denied(m, past.Serial), past.IssuedAt.Add(stayMargin).Before(kept.JoinedAt):
+		return nil, sandbox.Deniedf("%s is no member of the cluster any more: it can join again with a new token", m)
+	}
+	chain, cert, err := c.joining.sign(req.GetCertificateRequest(), m)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := c.joining.members.RenewMember(ctx, m, cert.key, cert.record(), now); err != nil {
+		return nil, err
 	}
 	c.log.LogAttrs(ctx, slog.LevelInfo, "member readmitted", slog.String("member", m.String()), slog.Time("expires", cert.expires))
 	return &clusterv1.ReadmitResponse{
 		Certificate: chain, Authority: c.joining.authority.CertPEM(), Servers: c.joining.gate.Servers(), ExpiresAt: timestamppb.New(cert.expires),
 	}, nil
-}
-
-func (c *Control) readmit(ctx context.Context, req *clusterv1.ReadmitRequest) (m sandbox.Member, cert signed, chain []byte, err error) {
-	if err := c.joining.check(); err != nil {
-		return m, cert, nil, err
-	}
-	now := time.Now().UTC()
-	past, err := c.joining.authority.ReadPast(req.GetCertificate(), req.GetCertificateRequest(), c.joining.grace, now)
-	if err != nil {
-		return m, cert, nil, err
-	}
-	m = past.Member
-	kept, err := c.joining.members.Member(ctx, m)
-	switch {
-	case err != nil && !errors.Is(err, sandbox.ErrNotFound):
-		return m, cert, nil, err
-	case err != nil, c.joining.members.Denied(m, past.Serial), past.IssuedAt.Add(stayMargin).Before(kept.JoinedAt):
-		return m, cert, nil, sandbox.Deniedf("%s is no member of the cluster any more: it can join again with a new token", m)
-	}
-	if chain, cert, err = c.joining.sign(req.GetCertificateRequest(), m); err != nil {
-		return m, cert, nil, err
-	}
-	_, err = c.joining.members.RenewMember(ctx, m, cert.key, cert.record(), now)
-	return m, cert, chain, err
 }
 
 // Leave takes the caller out of the cluster, and with a node everything that is kept of it; its paused sandboxes are brought back

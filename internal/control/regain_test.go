@@ -176,8 +176,12 @@ func bucketed(t *testing.T) (c *apitest.Cluster, other *apitest.Node, box sandbo
 // at first.
 func TestBucketIsCleared(t *testing.T) {
 	ends := map[string]func(*testing.T, *apitest.Cluster, sandbox.ID) error{
-		"killed": func(t *testing.T, c *apitest.Cluster, id sandbox.ID) error { return c.Control.Kill(t.Context(), id) },
+		"killed": func(t *testing.T, c *apitest.Cluster, id sandbox.ID) error {
+			t.Helper()
+			return c.Control.Kill(t.Context(), id)
+		},
 		"resumed": func(t *testing.T, c *apitest.Cluster, id sandbox.ID) error {
+			t.Helper()
 			_, _, err := c.Control.Connect(t.Context(), id, hour())
 			return err
 		},

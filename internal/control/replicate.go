@@ -220,7 +220,7 @@ func (p *copyPlan) nextHolder(box *sandbox.Sandbox, home *nodeView, r sandbox.Re
 		return nil
 	}
 	return p.best(func(n *nodeView) bool {
-		return n.open && n.id != box.NodeID && n.machine.Takes(home.machine) && !(slices.Contains(r.Holders, n.id) && n.holds(box.Checkpoint)) &&
+		return n.open && n.id != box.NodeID && n.machine.Takes(home.machine) && (!slices.Contains(r.Holders, n.id) || !n.holds(box.Checkpoint)) &&
 			!p.skip((&job{kind: jobGuard, node: n.id, box: *box, replica: r}).key())
 	})
 }
@@ -258,12 +258,9 @@ func (p *copyPlan) wanted(t *sandbox.Template) int {
 	return n
 }
 
-func (p *copyPlan) spread(t *sandbox.Template, b sandbox.Build) bool {
-	key := b.ImageDigest
-	if b.Checkpoint != "" {
-		key = b.ID
-	}
-	count, from := 0, b.MadeOn
+// sources counts the nodes that have a build, and says what machine it needs.
+func (p *copyPlan) sources(b sandbox.Build) (count int, from *sandbox.Origin) {
+	from = b.MadeOn
 	for i := range p.nodes {
 		if n := &p.nodes[i]; n.ready && n.hasBuild(b) {
 			count++
@@ -272,6 +269,15 @@ func (p *copyPlan) spread(t *sandbox.Template, b sandbox.Build) bool {
 			}
 		}
 	}
+	return count, from
+}
+
+func (p *copyPlan) spread(t *sandbox.Template, b sandbox.Build) bool {
+	key := b.ImageDigest
+	if b.Checkpoint != "" {
+		key = b.ID
+	}
+	count, from := p.sources(b)
 	if count == 0 || key == "" {
 		return true // nobody has it: there is nothing to copy from
 	}
