@@ -173,7 +173,7 @@ func (c *Control) markMissing(node sandbox.NodeID, epoch int64, named map[sandbo
 	var missing []sandbox.ID
 	first, _ := ends()
 	c.index.scan(false, first, func(e *entry) bool {
-		if _, ok := named[e.box.ID]; !ok && e.box.NodeID == node && (!e.box.State.Ended() || lostThere(e)) && e.epoch != epoch &&
+		if _, ok := named[e.box.ID]; !ok && e.box.NodeID == node && (!e.box.State.Ended() || lostThere(e)) && !c.spared(e, epoch, now) &&
 			!c.noted.isBereft(e.box.ID) {
 			missing = append(missing, e.box.ID)
 		}
@@ -182,7 +182,7 @@ func (c *Control) markMissing(node sandbox.NodeID, epoch int64, named map[sandbo
 	var events []Event
 	for _, id := range missing {
 		c.index.change(id, now, func(e *entry) bool {
-			if e.box.NodeID != node || e.box.State.Ended() && !lostThere(e) || e.epoch == epoch {
+			if e.box.NodeID != node || e.box.State.Ended() && !lostThere(e) || c.spared(e, epoch, now) {
 				return false
 			}
 			e.was = ""
@@ -196,6 +196,15 @@ func (c *Control) markMissing(node sandbox.NodeID, epoch int64, named map[sandbo
 		})
 	}
 	return events
+}
+
+// reportAge is how old a report can be that arrives now.
+const reportAge = 10 * time.Second
+
+// spared reports whether a full report that does not name a sandbox says nothing about it: it may have been written before. A node's
+// own control is told everything again and again under one registration.
+func (c *Control) spared(e *entry, epoch int64, now time.Time) bool {
+	return e.epoch == epoch && (!c.limits.OneNode || now.Sub(e.box.StartedAt) <= reportAge)
 }
 
 func changeEvent(change *nodev1.Change, box sandbox.Sandbox, now time.Time) Event {

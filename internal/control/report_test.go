@@ -70,11 +70,28 @@ func TestRestartFindsSandboxes(t *testing.T) {
 
 // TestNodeByItselfForgetsWhatItHasNotAnyMore has a node's own control not call lost what ended, or went elsewhere, untold.
 func TestNodeByItselfForgetsWhatItHasNotAnyMore(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for _, again := range []func(*apitest.Cluster){
+			func(c *apitest.Cluster) { c.Join(t, c.Node) },
+			func(c *apitest.Cluster) { // under the same registration
+				asleep(20 * time.Second)
+				if err := c.Report(t, c.Node, true); err != nil {
+					t.Fatal(err)
+				}
+			},
+		} {
+			forgets(t, again)
+		}
+	})
+}
+
+func forgets(t *testing.T, again func(*apitest.Cluster)) {
+	t.Helper()
 	c := apitest.NewCluster(t, func(cfg *control.Config) { cfg.Limits.OneNode = true })
 	kept, gone := mustCreate(t, c, minute()), mustCreate(t, c, minute())
 	c.Join(t, c.Node)
 	c.Node.Lose(gone.ID)
-	c.Join(t, c.Node)
+	again(c)
 	if got, err := c.Control.Get(t.Context(), kept.ID); err != nil || got.State != sandbox.StateRunning {
 		t.Errorf("%+v, %v", got, err)
 	}

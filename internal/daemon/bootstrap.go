@@ -53,7 +53,7 @@ func (d *daemon) tellReady(r *Ready) {
 }
 
 // reachTimeout is how long a machine that joined waits for its server before it counts as ready by itself.
-const reachTimeout = 10 * time.Second
+const reachTimeout = 5 * time.Second
 
 // bootstrapMember waits until the server knows what the node runs, or the proxy has the routing table. Without a server both
 // go on with what they have.

@@ -74,7 +74,13 @@ func TestClusterLoss(t *testing.T) {
 	t.Run("cut off", func(t *testing.T) { cutOff(t, c, c.Nodes[1], stays.ID) })
 	t.Run("server killed", func(t *testing.T) {
 		f := trafficTo(t, proxy, stays.ID, false, false)
+		short, err := c.Client().CreateSandbox(t.Context(), client.CreateSandbox{TimeoutSeconds: 2})
+		if err != nil {
+			t.Fatal(err)
+		}
+		home := c.Machine(short.NodeID)
 		c.Server.Kill()
+		c.Wait("the end of a sandbox's time without a server", func(context.Context) bool { return state(t.Context(), home, short.ID) == "" })
 		checkAlone(t, proxy, stays.ID)
 		c.Server.Again()
 		for _, id := range []string{stays.ID, paused.ID} {
