@@ -102,8 +102,7 @@ func (e *answerError) Error() string { return strconv.Itoa(e.status) + ": " + e.
 
 // statusOf returns the status of an answer that was not 200; 0 where there was none.
 func statusOf(err error) int {
-	var a *answerError
-	if errors.As(err, &a) {
+	if a, ok := errors.AsType[*answerError](err); ok {
 		return a.status
 	}
 	return 0
@@ -115,10 +114,15 @@ func ask(ctx context.Context, proxy *harness.Machine, id, path string) (string, 
 	defer cancel()
 	h := proxy.HTTP()
 	defer h.CloseIdleConnections()
-	return send(ctx, h, http.MethodGet, id, path, nil)
+	return send(ctx, h, id, path, nil)
 }
 
-func send(ctx context.Context, h *http.Client, method, id, path string, body []byte) (string, error) {
+// send sends a POST where there is a body.
+func send(ctx context.Context, h *http.Client, id, path string, body []byte) (string, error) {
+	method := http.MethodGet
+	if body != nil {
+		method = http.MethodPost
+	}
 	req, err := http.NewRequestWithContext(ctx, method, "http://127.0.0.1:3002"+path, bytes.NewReader(body))
 	if err != nil {
 		return "", err
@@ -160,12 +164,12 @@ func trafficTo(t *testing.T, proxy *harness.Machine, id string, post, fresh bool
 		defer h.CloseIdleConnections()
 		for ctx.Err() == nil {
 			began := time.Now()
-			method, path, body, want := http.MethodGet, "/ok", []byte(nil), "ok"
+			path, body, want := "/ok", []byte(nil), "ok"
 			if post {
-				method, path, want = http.MethodPost, "/echo", strings.Repeat("x", 1000)
+				path, want = "/echo", strings.Repeat("x", 1000)
 				body = []byte(want)
 			}
-			got, err := send(ctx, h, method, id, path, body)
+			got, err := send(ctx, h, id, path, body)
 			if ctx.Err() != nil {
 				return
 			}

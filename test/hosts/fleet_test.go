@@ -325,7 +325,7 @@ func (n *name) keepAsking(t *testing.T, id string) *load {
 			h := &http.Client{Transport: &http.Transport{DialContext: n.dial}}
 			defer h.CloseIdleConnections()
 			for ctx.Err() == nil {
-				_, err := send(ctx, h, http.MethodGet, id, "/ok", nil)
+				_, err := send(ctx, h, id, "/ok", nil)
 				if ctx.Err() != nil {
 					return
 				}
