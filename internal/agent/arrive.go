@@ -159,6 +159,9 @@ func (a *Agent) putStill(ctx context.Context, in *instance, r journal.Record, ch
 	if err := a.takeBack(ctx, in); err != nil {
 		return err
 	}
+	if err := a.saves.Flush(r.Checkpoint); err != nil { // as long as it moved, nobody was promised that it outlives the power
+		return err
+	}
 	r.State, r.Received, r.Runs, r.Deadline, r.Network = sandbox.StatePaused, false, false, time.Time{}, journal.Network{}
 	r.Generation++
 	r.Append(journal.Line{Time: now(), Level: "info", Message: ranAgain[change]})

@@ -6,6 +6,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/cloister-dev/cloister/internal/engine"
 	"github.com/cloister-dev/cloister/internal/recipe"
 	"github.com/cloister-dev/cloister/internal/sandbox"
 	"github.com/cloister-dev/cloister/internal/snapshot"
@@ -85,7 +86,7 @@ func (r *buildRun) startAndSave(ctx context.Context) (snapshot.Manifest, error) 
 	if err == nil {
 		r.client.close() // what is open would end anyway
 		var m snapshot.Manifest
-		if m, err = r.saveCheckpoint(sctx, r.in, r.bd.id, sandbox.CheckpointMemory, false); err == nil {
+		if m, err = r.saveCheckpoint(sctx, r.in, r.bd.id, engine.SaveSpec{Kind: engine.SaveMemory}); err == nil {
 			return m, nil
 		}
 	}

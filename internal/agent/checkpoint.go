@@ -15,16 +15,18 @@ import (
 	"github.com/cloister-dev/cloister/internal/snapshot"
 )
 
-// saveCheckpoint saves a sandbox as a checkpoint, which counts when this returns without error. With hold the guest then
-// stands still until Thaw or Stop; after an error from the engine it goes on, after another it may stand still.
+// saveCheckpoint saves a sandbox as a checkpoint, which counts when this returns without error. The spec's directory is found
+// here. With Hold the guest then stands still until Thaw or Stop; after an error from the engine it goes on, after another it
+// may stand still.
 //
 // Preconditions: the caller holds in.op.
-func (a *Agent) saveCheckpoint(ctx context.Context, in *instance, id string, kind sandbox.CheckpointKind, hold bool) (snapshot.Manifest, error) {
+func (a *Agent) saveCheckpoint(ctx context.Context, in *instance, id string, spec engine.SaveSpec) (snapshot.Manifest, error) {
 	st, err := a.saves.Begin(id)
 	if err != nil {
 		return snapshot.Manifest{}, err
 	}
-	saved, err := a.engine.Save(ctx, in.id, engine.SaveSpec{Dir: st.Dir(), Kind: engine.SaveKind(kind), Hold: hold})
+	spec.Dir, st.Volatile = st.Dir(), spec.Volatile
+	saved, err := a.engine.Save(ctx, in.id, spec)
 	if err != nil {
 		if cause := context.Cause(ctx); cause != nil {
 			err = cause // says who ended it, and why
@@ -32,7 +34,7 @@ func (a *Agent) saveCheckpoint(ctx context.Context, in *instance, id string, kin
 		return snapshot.Manifest{}, errors.Join(fmt.Errorf("save sandbox %s: %w", in.id, err), st.Discard())
 	}
 	r := in.record()
-	m := manifestOf(&r, kind)
+	m := manifestOf(&r, sandbox.CheckpointKind(spec.Kind))
 	m.Pause = r.Checkpoint == id
 	m.Bytes, m.MemoryBytes = saved.Bytes, saved.MemoryBytes
 	return a.saves.Commit(st, m)
@@ -179,7 +181,7 @@ func (a *Agent) snapshotRunning(ctx context.Context, in *instance, id string, ki
 	defer done()
 	ctx, cancel := context.WithTimeout(ctx, a.cfg.PauseTimeout)
 	defer cancel()
-	return a.saveCheckpoint(ctx, in, id, kind, false)
+	return a.saveCheckpoint(ctx, in, id, engine.SaveSpec{Kind: engine.SaveKind(kind)})
 }
 
 // snapshotPaused makes a checkpoint of what a sandbox is paused in. Where that is files alone, so is the checkpoint.

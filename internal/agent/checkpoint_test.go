@@ -357,7 +357,7 @@ func TestWarmPoolsOfCheckpoints(t *testing.T) {
 		g.close()
 		m.put(in.id, "server", "files")
 		pass(time.Hour) // the reconcile loop leaves it to the build
-		man, err := n.saveCheckpoint(t.Context(), in, "build-1", sandbox.CheckpointMemory, false)
+		man, err := n.saveCheckpoint(t.Context(), in, "build-1", engine.SaveSpec{Kind: engine.SaveMemory})
 		m.check(err)
 		if man.SandboxID != "" || man.Pause {
 			t.Errorf("manifest: %+v", man)

@@ -9,6 +9,7 @@ import (
 
 	"google.golang.org/protobuf/types/known/durationpb"
 
+	"github.com/cloister-dev/cloister/internal/engine"
 	agentv1 "github.com/cloister-dev/cloister/internal/gen/agent/v1"
 	"github.com/cloister-dev/cloister/internal/journal"
 	"github.com/cloister-dev/cloister/internal/sandbox"
@@ -144,7 +145,8 @@ func (a *Agent) departRunning(ctx context.Context, in *instance, deadline time.D
 		return err
 	}
 	in.closeConns()
-	m, err := a.saveHeld(ctx, in, sandbox.CheckpointMemory)
+	// What a power failure takes with it runs now, and would not survive that here either: there is nothing to flush.
+	m, err := a.saveHeld(ctx, in, engine.SaveSpec{Kind: engine.SaveMemory, Volatile: true})
 	if err == nil {
 		err = a.putDeparted(ctx, in, &m, true, deadline)
 	}

@@ -48,6 +48,7 @@ type checkpoints interface {
 	Get(id string) (snapshot.Manifest, error)
 	List() []snapshot.Manifest
 	Remove(id string) error
+	Flush(id string) error
 	Recover(ctx context.Context) error
 	Bytes() int64
 	checkpointMover

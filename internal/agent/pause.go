@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"time"
 
+	"github.com/cloister-dev/cloister/internal/engine"
 	agentv1 "github.com/cloister-dev/cloister/internal/gen/agent/v1"
 	"github.com/cloister-dev/cloister/internal/journal"
 	"github.com/cloister-dev/cloister/internal/sandbox"
@@ -69,7 +70,7 @@ func (a *Agent) pause(ctx context.Context, in *instance, kind sandbox.Checkpoint
 		return err
 	}
 	in.closeConns()
-	m, err := a.saveHeld(ctx, in, kind)
+	m, err := a.saveHeld(ctx, in, engine.SaveSpec{Kind: engine.SaveKind(kind)})
 	if err == nil {
 		err = a.putPaused(ctx, in, &m, "sandbox paused")
 	}
@@ -84,11 +85,12 @@ func (a *Agent) pause(ctx context.Context, in *instance, kind sandbox.Checkpoint
 	return nil
 }
 
-// saveHeld saves the guest, unless it or somebody ends that.
-func (a *Agent) saveHeld(ctx context.Context, in *instance, kind sandbox.CheckpointKind) (snapshot.Manifest, error) {
+// saveHeld saves the guest and leaves it standing still, unless it or somebody ends that.
+func (a *Agent) saveHeld(ctx context.Context, in *instance, spec engine.SaveSpec) (snapshot.Manifest, error) {
 	ctx, done := in.interruptible(ctx)
 	defer done()
-	return a.saveCheckpoint(ctx, in, in.record().Checkpoint, kind, true)
+	spec.Hold = true
+	return a.saveCheckpoint(ctx, in, in.record().Checkpoint, spec)
 }
 
 // putPausing notes what the sandbox is going to be paused in, and why.
