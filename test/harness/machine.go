@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -196,7 +197,38 @@ func end(tb testing.TB, dir string) {
 }
 
 // Stop makes everything that runs in the machine stand still: connections stay, nobody answers.
-func (m *Machine) Stop() { killAll(processesOf(m.Dir), syscall.SIGSTOP) }
+func (m *Machine) Stop() {
+	m.lab.tb.Helper()
+	pids := processesOf(m.Dir)
+	killAll(pids, syscall.SIGSTOP)
+	// The signal takes effect when the kernel comes to it; until then an answer may go out.
+	for end := time.Now().Add(stopTimeout); slices.ContainsFunc(pids, running); {
+		if time.Now().After(end) {
+			m.lab.tb.Fatalf("%s: its processes do not stop", m.Name)
+		}
+		<-time.After(time.Millisecond)
+	}
+}
+
+// stopTimeout bounds the wait for processes that were told to stop.
+const stopTimeout = 10 * time.Second
+
+// running reports whether a process is there and one of its threads does not stand still.
+func running(pid int) bool {
+	stats, err := filepath.Glob(filepath.Join("/proc", strconv.Itoa(pid), "task", "*", "stat"))
+	if err != nil {
+		return false
+	}
+	return slices.ContainsFunc(stats, func(path string) bool {
+		stat, err := os.ReadFile(path)
+		if err != nil {
+			return false
+		}
+		// The state follows the name, which is in parentheses and may hold anything.
+		state := bytes.TrimSpace(stat[bytes.LastIndexByte(stat, ')')+1:])
+		return len(state) > 0 && !bytes.ContainsAny(state[:1], "TtZX")
+	})
+}
 
 // Cont lets everything go on that Stop has stopped.
 func (m *Machine) Cont() { killAll(processesOf(m.Dir), syscall.SIGCONT) }
