@@ -72,7 +72,7 @@ func (p *copies) used(template sandbox.TemplateID, build string, size *agentv1.R
 	}
 }
 
-// registered takes the replicas that a node says it keeps.
+// registered takes the replicas that a node says it keeps. What it kept before is as old as it was.
 func (p *copies) registered(node sandbox.NodeID, ids []string, now time.Time) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -82,6 +82,9 @@ func (p *copies) registered(node sandbox.NodeID, ids []string, now time.Time) {
 	kept := make(map[string]time.Time, len(ids))
 	for _, id := range ids {
 		kept[id] = now
+		if since, ok := p.replicas[node][id]; ok {
+			kept[id] = since
+		}
 	}
 	p.replicas[node] = kept
 }

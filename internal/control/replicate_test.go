@@ -145,3 +145,15 @@ func TestPlanSpreads(t *testing.T) {
 		})
 	}
 }
+
+// A node whose link breaks again and again registers each time: what nothing needs there goes all the same.
+func TestReplicasAgeAcrossRegistrations(t *testing.T) {
+	p, first := newCopies(), time.Unix(1000, 0)
+	p.registered("n", []string{"a", "b"}, first)
+	later := first.Add(forgetAfter / 2)
+	p.registered("n", []string{"a", "c"}, later)
+	want := map[string]time.Time{"a": first, "c": later}
+	if diff := cmp.Diff(want, p.replicas["n"]); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
+}
