@@ -2,7 +2,6 @@ package snapshot
 
 import (
 	"context"
-	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -206,7 +205,7 @@ func (im *Import) openPart(ctx context.Context, name string) (*part, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &part{receiver: receiver{f: f, size: im.head.Manifest.Files[name], sum: sha256.New()}, pos: Position{File: name}}
+	p := &part{receiver: receiver{f: f, size: im.head.Manifest.Files[name], sum: newSum()}, pos: Position{File: name}}
 	info, err := f.Stat()
 	if err == nil {
 		p.pos.Offset = min(info.Size(), p.size)

@@ -3,7 +3,6 @@ package snapshot
 import (
 	"bytes"
 	"context"
-	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"io"
@@ -419,7 +418,7 @@ func FuzzReceive(f *testing.F) {
 		if err := file.Truncate(0); err != nil {
 			t.Fatal(err)
 		}
-		v := receiver{f: file, size: size, sum: sha256.New()}
+		v := receiver{f: file, size: size, sum: newSum()}
 		err := v.receive(context.Background(), bytes.NewReader(raw))
 		info, serr := file.Stat()
 		if serr != nil || info.Size() > size || err == nil && info.Size() != size {
