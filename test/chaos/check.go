@@ -13,7 +13,8 @@ import (
 )
 
 const (
-	// staleAfter is how old a checkpoint is that nothing names any more: replicas without a record are kept for a minute.
+	// staleAfter is how old a checkpoint is that nothing names any more: replicas without a record are kept for a minute, which
+	// each server counts anew.
 	staleAfter = 150 * time.Second
 	// What a transfer that broke off has left is kept for an hour, so that the next one goes on from there.
 	partialPrefix = ".partial-"
@@ -26,6 +27,8 @@ type View struct {
 	Sandboxes map[string]client.Sandbox
 	Nodes     []client.Node
 	Machines  []MachineView
+	// Up is for how long the server has been running.
+	Up time.Duration
 	// Routed says of sandboxes that were killed whether the proxy still knows them.
 	Routed map[string]bool
 }
@@ -189,7 +192,7 @@ func (c *check) machine(m *MachineView) {
 		if strings.HasPrefix(name, partialPrefix) {
 			most = partialAfter
 		}
-		if !named[name] && age > most && !c.replicated(name) {
+		if !named[name] && min(age, c.view.Up) > most && !c.replicated(name) {
 			c.fail("orphan", "", m.Name, "checkpoint %s, %s old, of no sandbox", name, age.Round(time.Second))
 		}
 	}

@@ -39,7 +39,7 @@ func scene() (Promises, *View) {
 			},
 			{Name: "two", NodeID: "n2", Capacity: room, Checkpoints: map[string]time.Duration{"p-saved": time.Hour}},
 		},
-		Routed: map[string]bool{"k": false},
+		Routed: map[string]bool{"k": false}, Up: 3 * time.Hour,
 	}
 }
 
@@ -83,6 +83,7 @@ func TestCheck(t *testing.T) {
 		{"a stray control group", func(_ *Promises, v *View) { v.Machines[0].Groups = []string{"r", "p"} }, []string{"orphan"}},
 		{"stray links", func(_ *Promises, v *View) { v.Machines[0].Links = 3 }, []string{"orphan"}},
 		{"a stray checkpoint", func(_ *Promises, v *View) { v.Machines[1].Checkpoints["x"] = time.Hour }, []string{"orphan"}},
+		{"a stray checkpoint of before the server", func(_ *Promises, v *View) { v.Machines[1].Checkpoints["x"], v.Up = time.Hour, time.Second }, nil},
 		{"a part of a checkpoint", func(_ *Promises, v *View) { v.Machines[1].Checkpoints[".partial-x"] = time.Hour }, nil},
 		{"an old part", func(_ *Promises, v *View) { v.Machines[1].Checkpoints[".partial-x"] = 2 * time.Hour }, []string{"orphan"}},
 		{"a checkpoint that is new", func(_ *Promises, v *View) { v.Machines[1].Checkpoints["x"] = time.Second }, nil},

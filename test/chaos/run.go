@@ -26,6 +26,8 @@ const (
 	sumEvery  = 2 * time.Second
 	// asked is how many killed sandboxes the proxy is asked for after a round.
 	asked = 5
+	// longRun is from how many rounds on a run waits in the end for what is kept for a while.
+	longRun = 10
 )
 
 // Run carries out a plan on a cluster.
@@ -271,6 +273,11 @@ func (r *Run) look(ctx context.Context) (*View, error) {
 	if v.Nodes, err = r.user.api.Nodes(ctx); err != nil {
 		return nil, fmt.Errorf("the server does not list its nodes: %w", err)
 	}
+	status, err := r.user.api.Status(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("the server does not tell its status: %w", err)
+	}
+	v.Up = time.Since(status.StartedAt)
 	all := sentries(r.cluster.Nodes)
 	for _, m := range r.cluster.Nodes {
 		mv := MachineView{
@@ -374,7 +381,31 @@ func (r *Run) finish() {
 			}
 		}
 	}
-	r.settle()
+	if r.settle() && r.round >= longRun {
+		r.emptied()
+	}
+}
+
+// emptied waits until no node has a checkpoint any more, which takes as long as copies are kept that nothing needs.
+func (r *Run) emptied() {
+	for began := time.Now(); ; {
+		var left []string
+		for _, m := range r.cluster.Nodes {
+			for name := range checkpoints(m) {
+				if !strings.HasPrefix(name, partialPrefix) {
+					left = append(left, m.Name+" "+name)
+				}
+			}
+		}
+		if len(left) == 0 {
+			return
+		}
+		if time.Since(began) > staleAfter || !pause(r.tb.Context(), time.Second) {
+			r.violated(Violation{Rule: "orphan", Text: fmt.Sprintf("checkpoints after the end of every sandbox: %v", left)})
+			r.tell()
+			return
+		}
+	}
 }
 
 // tell fails the test for what was found, with what there is to know about it. It reports whether nothing was.
