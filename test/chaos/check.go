@@ -187,6 +187,12 @@ func (c *check) machine(m *MachineView) {
 	if m.Links > running+m.Spare {
 		c.fail("orphan", "", m.Name, "%d network links for %d sandboxes and %d spare ones", m.Links, running, m.Spare)
 	}
+	c.checkpoints(m, named)
+	c.found = append(c.found, Overcommit(m)...)
+}
+
+// checkpoints looks for those that nothing names.
+func (c *check) checkpoints(m *MachineView, named map[string]bool) {
 	for name, age := range m.Checkpoints {
 		most := staleAfter
 		if strings.HasPrefix(name, partialPrefix) {
@@ -196,7 +202,6 @@ func (c *check) machine(m *MachineView) {
 			c.fail("orphan", "", m.Name, "checkpoint %s, %s old, of no sandbox", name, age.Round(time.Second))
 		}
 	}
-	c.found = append(c.found, Overcommit(m)...)
 }
 
 // replicated reports whether a checkpoint is that of a paused sandbox of any node.
