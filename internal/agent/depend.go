@@ -48,7 +48,6 @@ type checkpoints interface {
 	Get(id string) (snapshot.Manifest, error)
 	List() []snapshot.Manifest
 	Remove(id string) error
-	Flush(id string) error
 	Recover(ctx context.Context) error
 	Bytes() int64
 	checkpointMover
@@ -59,6 +58,7 @@ type checkpointMover interface {
 	Hold(id string) (*snapshot.Held, error)
 	Import(id string) (*snapshot.Import, error)
 	Parcel(id string) ([]byte, error)
+	Flush(id string) error
 	Sweep(ctx context.Context) error
 }
 

@@ -136,7 +136,8 @@ func (a *Agent) fetchFor(ctx context.Context, r *journal.Record, from sources) (
 	}
 	m, err := a.saves.Get(r.Checkpoint)
 	if isNotFound(err) {
-		as, n := keepOwn, int64(0)
+		var n int64
+		as := keepOwn
 		if r.Runs {
 			as = keepForMove
 		}

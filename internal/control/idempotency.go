@@ -61,31 +61,47 @@ func (c *Control) dispatchPinned(ctx context.Context, pin sandbox.Pin, d schedul
 	if len(candidates) == 0 {
 		return sandbox.Sandbox{}, errors.Join(refusal(d), c.pins.Unpin(ctx, pin.Key))
 	}
-	first := kept.Node
+	box, err := c.createPinned(ctx, pinned{pin: kept, repeated: was}, candidates, msg)
+	if err == nil {
+		return box, nil
+	}
+	if ctx.Err() == nil && !errors.Is(err, sandbox.ErrUnavailable) { // nothing was made: the key may be used again
+		if err := c.pins.Unpin(ctx, kept.Key); err != nil {
+			c.log.LogAttrs(ctx, slog.LevelWarn, "idempotency key not freed", errAttr(err))
+		}
+	}
+	return sandbox.Sandbox{}, fmt.Errorf("create sandbox from %s: %w", msg.GetTemplateName(), err)
+}
+
+// pinned is a request with an idempotency key.
+type pinned struct {
+	pin sandbox.Pin
+	// repeated means that an earlier request with the key may have reached the pin's node.
+	repeated bool
+}
+
+// createPinned asks the candidates in their order, each after the pin says so.
+func (c *Control) createPinned(ctx context.Context, p pinned, candidates []sandbox.NodeID, msg *agentv1.CreateRequest) (sandbox.Sandbox, error) {
+	first := p.pin.Node
 	var last error
 	for _, node := range candidates {
-		if node != kept.Node {
-			if err := c.pins.MovePin(ctx, kept, node); err != nil {
-				return sandbox.Sandbox{}, fmt.Errorf("note the idempotency key: %w", err)
+		if node != p.pin.Node {
+			if err := c.pins.MovePin(ctx, p.pin, node); err != nil {
+				return sandbox.Sandbox{}, fmt.Errorf("note the idempotency key: %w: %w", sandbox.ErrUnavailable, err)
 			}
-			kept.Node = node
+			p.pin.Node = node
 		}
 		box, err := c.createWith(ctx, node, msg)
 		if err == nil {
 			return box, nil
 		}
 		last = err
-		unclear := was && node == first && errors.Is(err, errNotAsked) // an earlier request may have reached it
+		unclear := p.repeated && node == first && errors.Is(err, errNotAsked) // an earlier request may have reached it
 		if !declined(err) || unclear || ctx.Err() != nil {
 			break
 		}
 	}
-	if ctx.Err() == nil && !errors.Is(last, sandbox.ErrUnavailable) { // nothing was made: the key may be used again
-		if err := c.pins.Unpin(ctx, kept.Key); err != nil {
-			c.log.LogAttrs(ctx, slog.LevelWarn, "idempotency key not freed", errAttr(err))
-		}
-	}
-	return sandbox.Sandbox{}, fmt.Errorf("create sandbox from %s: %w", msg.GetTemplateName(), last)
+	return sandbox.Sandbox{}, last
 }
 
 // declined reports whether a node made nothing and another may.

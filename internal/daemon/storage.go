@@ -125,7 +125,7 @@ func imageWanted(cfg *config.Config) bool {
 }
 
 func imageIn(dataDir string) bool {
-	_, err := os.Stat(filepath.Join(dataDir, imageFile))
+	_, err := os.Stat(filepath.Join(dataDir, imageFile)) //nolint:gosec // the operator names the directory
 	return err == nil
 }
 

@@ -220,7 +220,7 @@ func running(pid int) bool {
 		return false
 	}
 	return slices.ContainsFunc(stats, func(path string) bool {
-		stat, err := os.ReadFile(path)
+		stat, err := os.ReadFile(path) //nolint:gosec // below /proc
 		if err != nil {
 			return false
 		}
