@@ -158,20 +158,8 @@ func (c *Control) buried(id sandbox.ID, reason string) {
 
 // killWanted carries out an intent at a node that answers.
 func (c *Control) killWanted(ctx context.Context, k sandbox.KillIntent) error {
-	err := c.killAt(ctx, k.Node, k.ID)
-	if errors.Is(err, sandbox.ErrConflict) { // it was on its way to another node, and nobody else decides about it
-		err = c.forgetAt(ctx, k.ID, k.Node, 0)
-	}
-	if err != nil && !errors.Is(err, sandbox.ErrNotFound) {
+	if err := c.killAt(ctx, k.Node, k.ID); err != nil && !errors.Is(err, sandbox.ErrNotFound) {
 		return err
-	}
-	for _, one := range c.strays.bySandbox()[k.ID] {
-		if one.box.NodeID == k.Node || one.box.State != sandbox.StateMigrating {
-			continue
-		}
-		if err := c.forgetAt(ctx, k.ID, one.box.NodeID, 0); err != nil {
-			return err
-		}
 	}
 	// A report that was written before must not bring it back, also where this server never knew it.
 	now := time.Now().UTC()

@@ -29,14 +29,9 @@ type pair struct {
 	box  sandbox.Sandbox
 }
 
-func newPair(t *testing.T, change ...func(*control.Config)) *pair {
+func newPair(t *testing.T) *pair {
 	t.Helper()
-	c := apitest.NewCluster(t, func(cfg *control.Config) {
-		cfg.Log, cfg.Limits.SnapshotReplicas = slog.New(slog.DiscardHandler), 1
-		for _, f := range change {
-			f(cfg)
-		}
-	})
+	c := apitest.NewCluster(t, func(cfg *control.Config) { cfg.Log = slog.New(slog.DiscardHandler); cfg.Limits.SnapshotReplicas = 1 })
 	p := &pair{Cluster: c, a: c.Node, b: apitest.NewNode("bbbbbb")}
 	p.box = mustCreate(t, c, control.CreateRequest{Timeout: time.Hour})
 	c.Join(t, p.b)
@@ -255,39 +250,6 @@ func TestCopyOfAKilledSandbox(t *testing.T) {
 			}
 		})
 	}
-}
-
-// TestKilledWhileItMoves kills a sandbox that was saved for a move by a node which then was cut off. It goes when that is back.
-func TestKilledWhileItMoves(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		p := newPair(t, func(cfg *control.Config) { cfg.Limits.SuspectAfter, cfg.Limits.DownAfter = 6*time.Second, 15*time.Second })
-		p.a.FailOn("Depart", apitest.Fault{Err: errAway, After: true})
-		p.a.FailOn("Return", apitest.Fault{Err: errAway})
-		p.drain(t, control.DrainRequest{})
-		synctest.Wait()
-		asleep(time.Second)
-		p.Agents.Set(p.a.ID, nil)
-		for range 20 {
-			asleep(time.Second)
-			if err := p.Report(t, p.b, false); err != nil {
-				t.Fatal(err)
-			}
-			synctest.Wait()
-		}
-		if has := p.a.Has(p.box.ID); has != agentv1.State_STATE_MIGRATING {
-			t.Fatalf("it is %s", has)
-		}
-		if err := p.Control.Kill(t.Context(), p.box.ID); err != nil {
-			t.Fatal(err)
-		}
-		p.a.FailOn("Return", apitest.Fault{})
-		p.Agents.Set(p.a.ID, p.a)
-		p.Join(t, p.a)
-		p.pass(t, 15*time.Second)
-		if has := p.a.Has(p.box.ID); has != agentv1.State_STATE_UNSPECIFIED && has != agentv1.State_STATE_DELETED {
-			t.Errorf("it is still there as %s", has)
-		}
-	})
 }
 
 // TestCommitUnknown has the store carry out the commit of a move and not say so, or refuse it.

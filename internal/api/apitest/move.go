@@ -389,7 +389,6 @@ func (n *Node) Forget(_ context.Context, req *agentv1.ForgetRequest) (*agentv1.F
 		switch {
 		case b == nil:
 			return nil
-		case req.GetBelow() == 0 && b.GetState() == agentv1.State_STATE_MIGRATING:
 		case b.GetGeneration() >= req.GetBelow():
 			return refused("sandbox %s has generation %d, not below %d", b.GetId(), b.GetGeneration(), req.GetBelow())
 		}
