@@ -143,19 +143,6 @@ func (f *fleet) isReady(id sandbox.NodeID) bool {
 	return ok && n.State == sandbox.NodeReady
 }
 
-// silent lists the nodes that do not answer.
-func (f *fleet) silent() []sandbox.NodeID {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	var out []sandbox.NodeID
-	for id, m := range f.members {
-		if m.state != sandbox.NodeReady {
-			out = append(out, id)
-		}
-	}
-	return out
-}
-
 // givenUp reports whether a node has been silent for so long that its paused sandboxes are brought back elsewhere. A
 // server that has just started does not know for how long. It requires mu.
 func (f *fleet) givenUp(m *member, now time.Time) bool {

@@ -36,8 +36,6 @@ type transfer struct {
 	targets []sandbox.NodeID
 	to      sandbox.NodeID
 	parcel  *agentv1.Parcel
-	// left are nodes that may have a copy which could not be dropped.
-	left []sandbox.NodeID
 }
 
 // generation is the sandbox's at the new node; undone is the one that it gets where the move is taken back.
@@ -204,7 +202,7 @@ func (c *Control) receive(ctx context.Context, t *transfer) error {
 			return nil
 		}
 		last = err
-		c.drop(ctx, t, to)
+		c.forgetCopy(ctx, t.box.ID, to, t.undone())
 		if ctx.Err() != nil {
 			break
 		}
@@ -263,27 +261,10 @@ func (c *Control) arriveOnce(ctx context.Context, at sandbox.NodeID, req *agentv
 	return c.learn(at, resp.GetSandbox())
 }
 
-// drop has a node that was to take a sandbox keep nothing of it.
-func (c *Control) drop(ctx context.Context, t *transfer, at sandbox.NodeID) {
-	if !c.forgetCopy(ctx, t.box.ID, at, t.undone()) && !slices.Contains(t.left, at) {
-		t.left = append(t.left, at)
-	}
-}
-
-// takeBack has the node that gave a sandbox away go on with it. Where another may have a copy, the placement says first that
-// it does not count: that node knows nothing of this, and would be let run it once it answers.
+// takeBack has the node that gave a sandbox away go on with it: no placement says otherwise.
 func (c *Control) takeBack(ctx context.Context, t *transfer) error {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), c.limits.CreateDeadline)
-	defer cancel()
 	if t.to != "" {
-		c.drop(ctx, t, t.to)
-	}
-	if len(t.left) > 0 {
-		p := sandbox.Placement{ID: t.box.ID, Node: t.box.NodeID, Generation: t.undone()}
-		p.AddStale(t.left...)
-		if err := c.commitPlacement(ctx, p); err != nil { // runSettle goes on
-			return err
-		}
+		c.forgetCopy(ctx, t.box.ID, t.to, t.undone())
 	}
 	return c.giveBack(ctx, t.box.ID, t.box.NodeID, t.undone())
 }
@@ -323,14 +304,13 @@ func (c *Control) giveBack(ctx context.Context, id sandbox.ID, to sandbox.NodeID
 	return err
 }
 
-// forgetCopy has a node drop its copy of a sandbox, which does not count, and reports whether that is done. Where it is not,
-// the placement and the node's reports say that it is to be done.
-func (c *Control) forgetCopy(ctx context.Context, id sandbox.ID, at sandbox.NodeID, below int64) bool {
+// forgetCopy has a node drop its copy of a sandbox, which does not count. Where that fails, the placement and the node's
+// reports say that it is to be done.
+func (c *Control) forgetCopy(ctx context.Context, id sandbox.ID, at sandbox.NodeID, below int64) {
 	err := c.forgetAt(ctx, id, at, below)
 	if err != nil {
 		c.log.LogAttrs(ctx, slog.LevelWarn, "copy of a sandbox not dropped yet", slog.String("sandbox_id", string(id)), nodeAttr(at), errAttr(err))
 	}
-	return err == nil
 }
 
 func (c *Control) forgetAt(ctx context.Context, id sandbox.ID, at sandbox.NodeID, below int64) error {

@@ -206,52 +206,6 @@ func TestMoveTakenBack(t *testing.T) {
 	})
 }
 
-// TestCopyOfAKilledSandbox has a node receive a sandbox and not say so, and come back after the sandbox went on where it was, and
-// was killed there. It runs nowhere again.
-func TestCopyOfAKilledSandbox(t *testing.T) {
-	for _, killed := range []bool{true, false} {
-		synctest.Test(t, func(t *testing.T) {
-			p := newPair(t)
-			p.b.FailOn("Receive", apitest.Fault{Err: errAway, After: true})
-			p.b.FailOn("Forget", apitest.Fault{Err: errAway})
-			p.drain(t, control.DrainRequest{})
-			synctest.Wait()
-			asleep(4 * time.Second)
-			p.Agents.Set(p.b.ID, nil)
-			no := false
-			if _, err := p.Control.UpdateNode(t.Context(), "aaaaaa", control.NodeChange{Cordoned: &no}); err != nil {
-				t.Fatal(err)
-			}
-			for range 20 {
-				asleep(time.Second)
-				if err := p.Report(t, p.a, false); err != nil {
-					t.Fatal(err)
-				}
-			}
-			if has := p.a.Has(p.box.ID); has != agentv1.State_STATE_RUNNING {
-				t.Fatalf("where it was it is %s", has)
-			}
-			if killed {
-				if err := p.Control.Kill(t.Context(), p.box.ID); err != nil {
-					t.Fatal(err)
-				}
-				asleep(2 * time.Second)
-			}
-			p.b.FailOn("Receive", apitest.Fault{})
-			p.b.FailOn("Forget", apitest.Fault{})
-			p.Agents.Set(p.b.ID, p.b)
-			p.Join(t, p.b)
-			p.pass(t, 15*time.Second)
-			if has := p.b.Has(p.box.ID); has != agentv1.State_STATE_UNSPECIFIED {
-				t.Errorf("killed %t: the copy is %s", killed, has)
-			}
-			if got, err := p.Control.Get(t.Context(), p.box.ID); killed && !errors.Is(err, sandbox.ErrNotFound) || !killed && got.State != sandbox.StateRunning {
-				t.Errorf("killed %t: it is %s, %v", killed, got.State, err)
-			}
-		})
-	}
-}
-
 // TestCommitUnknown has the store carry out the commit of a move and not say so, or refuse it.
 func TestCommitUnknown(t *testing.T) {
 	for _, after := range []bool{true, false} {

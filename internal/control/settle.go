@@ -238,8 +238,6 @@ func (c *Control) settleOne(ctx context.Context, id sandbox.ID, copies []stray, 
 		box := &one.box
 		switch {
 		case !c.fleet.isReady(box.NodeID):
-		case placed && p.Node == box.NodeID && departed(box) && !p.Ended: // it was decided that it goes on, and not heard
-			return c.giveBack(ctx, id, box.NodeID, p.Generation)
 		case placed && p.Outdates(box.NodeID, box.Generation):
 			if p.Ended || c.confirmed(p) {
 				return c.forgetAt(ctx, id, box.NodeID, p.Generation+1)
@@ -259,18 +257,12 @@ func (c *Control) settleOne(ctx context.Context, id sandbox.ID, copies []stray, 
 	return c.settleOpen(ctx, open)
 }
 
-// departed reports whether a copy was saved for a move and waits to be forgotten or to go on.
-func departed(box *sandbox.Sandbox) bool { return box.State == sandbox.StateMigrating && !box.Received }
-
-// settleOpen has the first of the copies count. A received one that cannot run gives way to the one that departed. Where that
-// goes on, any node that does not answer may have received it: its copy, of the next generation, must not count either, also
-// when the sandbox has ended by then.
+// settleOpen has the first of the copies count. A received one that cannot run gives way to the one that departed.
 func (c *Control) settleOpen(ctx context.Context, open []stray) error {
 	box := open[0].box
 	next := sandbox.Placement{ID: box.ID, Node: box.NodeID, Generation: box.Generation}
 	if !box.Received {
-		next.Generation += 2
-		next.AddStale(c.fleet.silent()...)
+		next.Generation++
 	}
 	for _, other := range open[1:] {
 		next.AddStale(other.box.NodeID)
