@@ -82,7 +82,7 @@ func TestPauseDue(t *testing.T) {
 	proxied(t, func(t *testing.T, c *apitest.Cluster, p *usedProxy) {
 		t.Helper()
 		box := mustCreate(t, c, control.CreateRequest{Timeout: time.Minute, AutoPause: true, AutoResume: true, IdleTimeout: true})
-		asleep(time.Hour)
+		settled(time.Hour)
 		p.use(box.ID, 1)
 		if err := c.Control.PauseDue(t.Context(), decided(&box)); !errors.Is(err, sandbox.ErrConflict) {
 			t.Errorf("while a request is open: %v", err)
@@ -91,11 +91,11 @@ func TestPauseDue(t *testing.T) {
 			t.Errorf("after that: %s: %s", got.State, got.Reason)
 		}
 		p.use(box.ID, 0)
-		asleep(59 * time.Second)
+		settled(59 * time.Second)
 		if err := c.Control.PauseDue(t.Context(), decided(&box)); !errors.Is(err, sandbox.ErrConflict) {
 			t.Errorf("used less than its timeout ago: %v", err)
 		}
-		asleep(2 * time.Second)
+		settled(2 * time.Second)
 		stale := decided(&box)
 		stale.Generation--
 		if err := c.Control.PauseDue(t.Context(), stale); !errors.Is(err, sandbox.ErrConflict) {
@@ -165,6 +165,12 @@ func TestIdleTemplate(t *testing.T) {
 	}
 }
 
+// settled sleeps until everything that was due by then has been done too: what the test looks at is asked for on round times.
+func settled(d time.Duration) {
+	asleep(d)
+	synctest.Wait()
+}
+
 // TestSlidingEnd checks that the end of a sandbox moves with its use, whoever tells of that.
 func TestSlidingEnd(t *testing.T) {
 	proxied(t, func(t *testing.T, c *apitest.Cluster, p *usedProxy) {
@@ -181,14 +187,14 @@ func TestSlidingEnd(t *testing.T) {
 			}
 		}
 		ends("at first", box.ID, time.Minute)
-		asleep(50 * time.Second)
+		settled(50 * time.Second)
 		p.use(box.ID, 1)
 		p.use(fixed.ID, 1)
-		asleep(2 * time.Second)
+		settled(2 * time.Second)
 		ends("in use", box.ID, time.Minute)
 		ends("in use, with a fixed end", fixed.ID, 8*time.Second)
 		p.use(box.ID, 0)
-		asleep(10 * time.Second)
+		settled(10 * time.Second)
 		ends("ten seconds after its use", box.ID, 50*time.Second)
 		c.Node.SetBusy(box.ID)
 		if err := c.Report(t, c.Node, false); err != nil {
@@ -199,7 +205,7 @@ func TestSlidingEnd(t *testing.T) {
 		if err := c.Report(t, c.Node, false); err != nil {
 			t.Fatal(err)
 		}
-		asleep(time.Second)
+		settled(time.Second)
 		ends("a second after its work", box.ID, 59*time.Second)
 	})
 }
