@@ -65,7 +65,7 @@ hosts: build ## run the tests that use network namespaces and real sandboxes (ro
 	$(SUDO) env REQUIRE_HOSTS=1 go test -count=1 -p 1 -timeout 20m ./test/hosts/...
 
 chaos: build ## break a cluster at random for CHAOS_TIME, and check its promises; CHAOS_SEED repeats a run (root)
-	$(SUDO) env REQUIRE_HOSTS=1 CHAOS_TIME=$(CHAOS_TIME) CHAOS_SEED=$(CHAOS_SEED) CHAOS_CLOCK=$(CHAOS_CLOCK) CHAOS_LOG=$(CHAOS_LOG) \
+	$(SUDO) env REQUIRE_HOSTS=1 CHAOS_TIME=$(CHAOS_TIME) CHAOS_SEED=$(CHAOS_SEED) CHAOS_LOG=$(CHAOS_LOG) \
 		go test -count=1 -v -timeout 2h ./test/chaos
 
 e2e: build ## drive the real binary with the pinned npm packages (root)

@@ -91,7 +91,9 @@ func (c *check) box(b Box) {
 	s, known := c.view.Sandboxes[b.ID]
 	ended := !known || sandbox.State(s.State).Ended()
 	switch {
-	case ended && b.Belief == Doomed:
+	case ended && (b.Belief == Doomed || b.mayEnd(c.promises.Now)):
+	case b.mustEnd(c.promises.Now):
+		c.fail("late", b.ID, "", "the sandbox is %s, and was to end at %s", s.State, b.EndsBy)
 	case !known:
 		c.fail("lost", b.ID, "", "the server does not know the sandbox, which was acknowledged as %s", b.Belief)
 	case ended && b.Excused:

@@ -21,6 +21,7 @@ func scene() (Promises, *View) {
 	}
 	tag := map[string]string{tagKey: "1"}
 	p := Promises{
+		Now:   time.Now(),
 		Boxes: map[int]Box{1: {ID: "r", Tag: "1", Belief: Running}, 2: {ID: "p", Tag: "1", Belief: Paused}},
 		Dead:  map[string]struct{}{"k": {}}, Tags: map[string]struct{}{"1": {}},
 	}
@@ -70,6 +71,20 @@ func TestCheck(t *testing.T) {
 			set(v, "r", func(s *client.Sandbox) { s.EndedAt = time.Time{} })
 		}, []string{"lost"}},
 		{"a kill without an answer", func(p *Promises, v *View) { lose(v); p.Boxes[1] = Box{ID: "r", Belief: Doomed} }, nil},
+		{"its time is up", func(p *Promises, v *View) {
+			lose(v)
+			p.Boxes[1] = Box{ID: "r", Belief: Running, Ends: p.Now, EndsBy: p.Now}
+		}, nil},
+		{"early", func(p *Promises, v *View) {
+			lose(v)
+			p.Boxes[1] = Box{ID: "r", Belief: Running, Ends: p.Now.Add(2 * early), EndsBy: p.Now.Add(2 * early)}
+		}, []string{"lost"}},
+		{"late", func(p *Promises, _ *View) {
+			p.Boxes[1] = Box{ID: "r", Belief: Running, Ends: p.Now.Add(-time.Hour), EndsBy: p.Now.Add(-time.Hour)}
+		}, []string{"late"}},
+		{"soon over", func(p *Promises, _ *View) {
+			p.Boxes[1] = Box{ID: "r", Belief: Running, Ends: p.Now.Add(-time.Hour), EndsBy: p.Now}
+		}, nil},
 		{"resumed by nobody", func(p *Promises, _ *View) { p.Boxes[1] = Box{ID: "r", Belief: Paused} }, []string{"lost"}},
 		{"paused or running", func(p *Promises, _ *View) { p.Boxes[1] = Box{ID: "r", Belief: Unsure} }, nil},
 		{"stuck", func(_ *Promises, v *View) {

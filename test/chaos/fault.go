@@ -3,13 +3,10 @@ package chaos
 import (
 	"cmp"
 	"context"
-	"fmt"
 	"slices"
 	"strings"
 	"syscall"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/cloister-dev/cloister/internal/client"
 	"github.com/cloister-dev/cloister/internal/journal"
@@ -68,7 +65,7 @@ func (r *Run) take(ctx context.Context, s step) error {
 	case Drain:
 		r.calls.Go(func() { r.drain(ctx, s) })
 	case Clock:
-		return setClock(pick(s.begin, s.fault.Step, -s.fault.Step))
+		return r.setClock(m, pick(s.begin, s.fault.Step, 0))
 	}
 	return nil
 }
@@ -140,13 +137,31 @@ func (r *Run) uncordon(ctx context.Context, node string) error {
 	return err
 }
 
-// setClock moves the clock of the machine that the test runs on.
-func setClock(by time.Duration) error {
-	ts := unix.NsecToTimespec(time.Now().Add(by).UnixNano())
-	if err := unix.ClockSettime(unix.CLOCK_REALTIME, &ts); err != nil {
-		return fmt.Errorf("set the clock by %s: %w", by, err)
+// setClock sets the clock of a machine's daemon apart from the others', also of one that is started later.
+func (r *Run) setClock(m *harness.Machine, by time.Duration) error {
+	r.mu.Lock()
+	r.skews[m.Name] = by
+	r.mu.Unlock()
+	if !m.Running() {
+		return nil
 	}
-	return nil
+	return skew(m.PID(), by)
+}
+
+// started gives a daemon that was just started its machine's clock.
+func (r *Run) started(m *harness.Machine, pid int) {
+	r.mu.Lock()
+	by := r.skews[m.Name]
+	if m == r.cluster.Server {
+		r.serverSince = time.Now()
+	}
+	r.mu.Unlock()
+	if by == 0 {
+		return
+	}
+	if err := skew(pid, by); err != nil {
+		r.tb.Errorf("%s: %v", m.Name, err)
+	}
 }
 
 // heal undoes what a plan leaves: nothing but what a failed step has left.

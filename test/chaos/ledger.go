@@ -6,6 +6,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"time"
 )
 
 // Belief is what a client may rely on after its last operation with a sandbox.
@@ -30,6 +31,8 @@ type Box struct {
 	Belief Belief
 	// Excused means that it ran on a machine when that lost its power: it may be lost.
 	Excused bool
+	// Ends is when it is to end by itself, and EndsBy when at the latest where nothing is in the way; zero means not soon.
+	Ends, EndsBy time.Time
 	// Tried and Written are the numbers that were to be appended to its file, and those of which that was acknowledged.
 	Tried   int
 	Written []int
@@ -98,8 +101,22 @@ func (l *Ledger) Excuse(ids ...string) {
 	}
 }
 
+const (
+	// early is how much before its time a sandbox may end: what clocks are apart by without anybody minding.
+	early = 3 * time.Second
+	// overdue is how long after its time one may be there yet: a node waits 15 s for the server that decides.
+	overdue = 20 * time.Second
+)
+
+// mayEnd reports whether a sandbox may have ended by itself, and mustEnd whether it has to have.
+func (b *Box) mayEnd(now time.Time) bool { return !b.Ends.IsZero() && now.After(b.Ends.Add(-early)) }
+func (b *Box) mustEnd(now time.Time) bool {
+	return !b.Ends.IsZero() && now.After(b.EndsBy.Add(overdue))
+}
+
 // Promises is what a check compares with: a copy of the ledger.
 type Promises struct {
+	Now   time.Time
 	Boxes map[int]Box
 	Dead  map[string]struct{}
 	Tags  map[string]struct{}
@@ -109,7 +126,7 @@ type Promises struct {
 func (l *Ledger) Promises() Promises {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	p := Promises{Boxes: maps.Clone(l.boxes), Dead: maps.Clone(l.dead), Tags: maps.Clone(l.open)}
+	p := Promises{Now: time.Now(), Boxes: maps.Clone(l.boxes), Dead: maps.Clone(l.dead), Tags: maps.Clone(l.open)}
 	for slot, b := range p.Boxes {
 		_, b.Excused = l.excused[b.ID]
 		p.Boxes[slot] = b

@@ -17,6 +17,7 @@ import (
 	"github.com/cloister-dev/cloister/internal/client"
 	"github.com/cloister-dev/cloister/internal/gen/envd/process"
 	"github.com/cloister-dev/cloister/internal/gen/envd/process/processconnect"
+	"github.com/cloister-dev/cloister/internal/sandbox"
 	"github.com/cloister-dev/cloister/test/harness"
 )
 
@@ -25,6 +26,8 @@ const (
 	tagKey = "chaos"
 	// bound is how long any request may take: longer than every deadline of the product, and than any fault.
 	bound = 75 * time.Second
+	// longLife is longer than any run, and briefLife shorter than a round.
+	longLife, briefLife = time.Hour, 10 * time.Second
 	// file is what a sandbox keeps its numbers in.
 	file = "/tmp/numbers"
 	// frontPort is the proxy's.
@@ -64,6 +67,8 @@ func (u *user) do(ctx context.Context, l *Ledger, slot int, verb Verb) (Verb, Bo
 	case !ok:
 		verb = Create
 		b, err = u.create(ctx, l, slot)
+	case verb == Look:
+		err = u.look(ctx, l, slot, b)
 	case verb == End || b.Belief == Doomed:
 		verb = End
 		err = u.kill(ctx, l, slot, b)
@@ -84,16 +89,42 @@ func (u *user) do(ctx context.Context, l *Ledger, slot int, verb Verb) (Verb, Bo
 }
 
 func (u *user) create(ctx context.Context, l *Ledger, slot int) (Box, error) {
-	tag := l.Tag(slot)
+	tag, life, asked := l.Tag(slot), longLife, time.Now()
+	if brief(slot) {
+		life = briefLife
+	}
 	s, err := u.api.CreateSandbox(ctx, client.CreateSandbox{
-		Metadata: map[string]string{tagKey: tag}, TimeoutSeconds: 3600, Resources: client.Resources{MemoryBytes: u.memory},
+		Metadata: map[string]string{tagKey: tag}, TimeoutSeconds: int64(life / time.Second), Resources: client.Resources{MemoryBytes: u.memory},
 	})
 	if err != nil {
 		return Box{}, fmt.Errorf("create: %w", err)
 	}
 	b := Box{ID: s.ID, Tag: tag, Token: s.AccessToken, Belief: Running}
+	if life == briefLife {
+		b.Ends, b.EndsBy = asked.Add(life), time.Now().Add(life)
+	}
 	l.Set(slot, b)
 	return b, nil
+}
+
+// errEarly says that a sandbox has ended before its time.
+var errEarly = errors.New("ended before its time")
+
+// look sees whether a sandbox of a brief life has ended.
+func (u *user) look(ctx context.Context, l *Ledger, slot int, b Box) error {
+	began := time.Now() // what is answered may have been so since then
+	s, err := u.api.GetSandbox(ctx, b.ID)
+	ended := client.IsNotFound(err) || err == nil && sandbox.State(s.State).Ended()
+	switch {
+	case ended && b.mayEnd(began):
+		l.Drop(slot, true)
+		return nil
+	case ended && err == nil && s.State == string(sandbox.StateLost): // its node may come back with it
+		return nil
+	case ended:
+		return fmt.Errorf("%w: by %s: %s, %v", errEarly, b.Ends.Sub(began), s.Reason, err)
+	}
+	return err
 }
 
 func (u *user) kill(ctx context.Context, l *Ledger, slot int, b Box) error {
@@ -116,7 +147,7 @@ func (u *user) toggle(ctx context.Context, l *Ledger, slot int, b Box) error {
 		_, err = u.api.PauseSandbox(ctx, b.ID, "")
 		b.Belief = Paused
 	} else {
-		_, err = u.api.ResumeSandbox(ctx, b.ID, client.ResumeSandbox{TimeoutSeconds: 3600})
+		_, err = u.api.ResumeSandbox(ctx, b.ID, client.ResumeSandbox{TimeoutSeconds: int64(longLife / time.Second)})
 		b.Belief = Running
 	}
 	if err == nil {

@@ -6,6 +6,7 @@
 package chaos
 
 import (
+	"cmp"
 	"math/rand/v2"
 	"slices"
 	"strconv"
@@ -32,7 +33,7 @@ const (
 	Fill Kind = "fill"
 	// Drain has the node give its sandboxes to others; it is no fault, but comes at times like one.
 	Drain Kind = "drain"
-	// Clock sets the clock of the machine that everything runs on, by Step.
+	// Clock sets the wall clock of the machine's daemon by Step, and at the end back. It comes whatever else the machine has.
 	Clock Kind = "clock"
 )
 
@@ -57,6 +58,8 @@ const (
 	// Toggle pauses a sandbox that runs, and resumes one that is paused.
 	Toggle Verb = "toggle"
 	End    Verb = "kill"
+	// Look asks the server for a sandbox of a brief life.
+	Look Verb = "look"
 	// Create is what is done to an empty slot, Rest what is done to a paused sandbox instead of using it: nothing. They are in
 	// no plan.
 	Create Verb = "create"
@@ -83,17 +86,17 @@ type Setup struct {
 	Total time.Duration
 	Nodes int
 	Slots int
-	// Clock has the machine's clock set, too.
+	// Clock has clocks set, too. The rest of the plan is the same without.
 	Clock bool
 }
 
 const (
 	// ActiveTime is for how long things go wrong in a round; healing comes on top.
 	ActiveTime = 20 * time.Second
-	// lanes is how many faults there may be at once, beside drains.
+	// lanes is how many faults there may be at once, beside drains and clocks.
 	lanes = 2
-	// maxStep bounds for how long the clock is wrong: other programs use it, too.
-	maxStep = 2 * time.Second
+	// Every so many slots there is one whose sandboxes have a brief life.
+	briefEvery = 6
 )
 
 // card is a kind of fault at a kind of machine; of one that says peer, the other end is another machine.
@@ -102,8 +105,8 @@ type card struct {
 	target, peer string
 }
 
-func deck(clock bool) []card {
-	cards := []card{
+func deck() []card {
+	return []card{
 		{Kill, "node", ""},
 		{Kill, "node", ""},
 		{Kill, "server", ""},
@@ -122,34 +125,67 @@ func deck(clock bool) []card {
 		{Fill, "node", ""},
 		{Fill, "server", ""},
 	}
-	if clock {
-		cards = append(cards, card{Clock, "clock", ""})
-	}
-	return cards
 }
 
 // planner deals faults: all of the deck before one comes again.
 type planner struct {
-	rng   *rand.Rand
-	setup Setup
-	rest  []card
+	rng, clockRNG *rand.Rand
+	setup         Setup
+	rest          []card
+	// clocks are the roles of machines whose clocks are to be set next.
+	clocks []string
 	// busy says until when a machine has a fault.
 	busy map[string]time.Duration
 }
 
 // Make returns the plan of a seed. The same seed and set-up give the same plan.
 func Make(seed uint64, s Setup) []Round {
-	p := &planner{rng: rand.New(rand.NewPCG(seed, 0)), setup: s} //nolint:gosec // it is to be repeatable
+	p := &planner{rng: rand.New(rand.NewPCG(seed, 0)), clockRNG: rand.New(rand.NewPCG(seed, 1)), setup: s} //nolint:gosec // it is to be repeatable
 	rounds := make([]Round, max(1, int(s.Total/ActiveTime)))
 	for i := range rounds {
 		rounds[i] = Round{Faults: p.faults(), Load: p.load()}
+		if s.Clock {
+			rounds[i].Faults = inOrder(append(rounds[i].Faults, p.steps()...))
+		}
 	}
 	return rounds
 }
 
 // between returns a time from a up to b.
-func (p *planner) between(a, b time.Duration) time.Duration {
-	return a + time.Duration(p.rng.Int64N(int64(b-a)/int64(time.Millisecond)))*time.Millisecond
+func (p *planner) between(a, b time.Duration) time.Duration { return between(p.rng, a, b) }
+
+func between(rng *rand.Rand, a, b time.Duration) time.Duration {
+	return a + time.Duration(rng.Int64N(int64(b-a)/int64(time.Millisecond)))*time.Millisecond
+}
+
+func inOrder(faults []Fault) []Fault {
+	slices.SortStableFunc(faults, func(a, b Fault) int { return cmp.Compare(a.At, b.At) })
+	return faults
+}
+
+// steps sets clocks, one at a time: mostly by up to a minute, sometimes by hours.
+func (p *planner) steps() []Fault {
+	var out []Fault
+	rng := p.clockRNG
+	for at := between(rng, 300*time.Millisecond, 4*time.Second); ; {
+		f := Fault{At: at, For: between(rng, time.Second, 10*time.Second), Kind: Clock}
+		if f.At+f.For > ActiveTime {
+			return out
+		}
+		if len(p.clocks) == 0 {
+			p.clocks = []string{"node", "node", "server", "server", "proxy"}
+			rng.Shuffle(len(p.clocks), func(i, j int) { p.clocks[i], p.clocks[j] = p.clocks[j], p.clocks[i] })
+		}
+		f.Target = machineOf(rng, p.clocks[0], p.setup.Nodes)
+		p.clocks = p.clocks[1:]
+		f.Step = between(rng, 5*time.Second, time.Minute)
+		if rng.IntN(4) == 0 {
+			f.Step = between(rng, time.Hour, 6*time.Hour)
+		}
+		f.Step = f.Step.Truncate(time.Second) * time.Duration(1-2*rng.IntN(2))
+		out = append(out, f)
+		at = f.At + f.For + between(rng, 200*time.Millisecond, 2*time.Second)
+	}
 }
 
 // length is how long a fault lasts: some outlast the time after which a node is down.
@@ -176,25 +212,20 @@ func (p *planner) faults() []Fault {
 	for at := p.between(time.Second, 6*time.Second); at < ActiveTime-6*time.Second; at += p.between(7*time.Second, 14*time.Second) {
 		out = append(out, Fault{At: at, For: p.between(2*time.Second, 6*time.Second), Kind: Drain, Target: p.machine("node", "")})
 	}
-	slices.SortStableFunc(out, func(a, b Fault) int { return int(a.At - b.At) })
-	return out
+	return inOrder(out)
 }
 
 // deal takes the next card whose machines have no other fault at the time.
 func (p *planner) deal(at, length time.Duration) Fault {
 	for {
 		if len(p.rest) == 0 {
-			p.rest = deck(p.setup.Clock)
+			p.rest = deck()
 			p.rng.Shuffle(len(p.rest), func(i, j int) { p.rest[i], p.rest[j] = p.rest[j], p.rest[i] })
 		}
 		for i, c := range p.rest {
 			f := Fault{At: at, For: length, Kind: c.kind, Target: p.machine(c.target, "")}
 			if c.peer != "" {
 				f.Peer = p.machine(c.peer, f.Target)
-			}
-			if c.kind == Clock {
-				f.For = min(f.For, maxStep)
-				f.Step = p.between(5*time.Second, time.Minute) * time.Duration(1-2*p.rng.IntN(2))
 			}
 			if p.busy[f.Target] > at || p.busy[f.Peer] > at {
 				continue
@@ -213,17 +244,21 @@ func (p *planner) deal(at, length time.Duration) Fault {
 
 // machine returns the name of a machine of a role that is not the other.
 func (p *planner) machine(role, other string) string {
+	for {
+		if name := machineOf(p.rng, role, p.setup.Nodes); name != other {
+			return name
+		}
+	}
+}
+
+func machineOf(rng *rand.Rand, role string, nodes int) string {
 	switch role {
-	case "server", "clock":
+	case "server":
 		return role
 	case "proxy":
 		return "proxy1"
 	}
-	for {
-		if name := nodeName(p.rng.IntN(p.setup.Nodes)); name != other {
-			return name
-		}
-	}
+	return nodeName(rng.IntN(nodes))
 }
 
 func nodeName(i int) string { return "node" + strconv.Itoa(i+1) }
@@ -238,6 +273,9 @@ func (p *planner) load() [][]Operation {
 	return out
 }
 
+// brief reports whether the sandboxes of a slot have a brief life, whose end is looked for.
+func brief(slot int) bool { return slot%briefEvery == briefEvery-1 }
+
 // verb draws what is done next. Every second slot is in no hurry: what is paused there is paused for long.
 func (p *planner) verb(slot int) Verb {
 	toggle, end := 33, 12
@@ -245,6 +283,8 @@ func (p *planner) verb(slot int) Verb {
 		toggle, end = 14, 4
 	}
 	switch n := p.rng.IntN(100); {
+	case brief(slot):
+		return Look
 	case n < end:
 		return End
 	case n < end+toggle:

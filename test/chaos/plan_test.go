@@ -1,6 +1,7 @@
 package chaos
 
 import (
+	"slices"
 	"testing"
 	"time"
 
@@ -21,21 +22,25 @@ func TestPlanIsRepeated(t *testing.T) {
 	}
 }
 
-// What has a fault gets no second one, every fault ends within its round, and a minute has nearly every kind.
+// What has a fault gets no second one beside a drain and a clock, every fault ends within its round, and a minute has nearly
+// every kind.
 func TestPlanIsSound(t *testing.T) {
 	kinds := map[Kind]int{}
 	for seed := range uint64(200) {
-		for _, r := range Make(seed, Setup{Total: time.Minute, Nodes: 3, Slots: 4}) {
+		for _, r := range Make(seed, Setup{Total: time.Minute, Nodes: 3, Slots: 4, Clock: true}) {
 			for i, f := range r.Faults {
 				kinds[f.Kind]++
 				if f.At < 0 || f.For <= 0 || f.At+f.For > ActiveTime {
 					t.Errorf("seed %d: %+v does not end in its round", seed, f)
 				}
+				if f.Kind == Clock && (f.Step.Abs() < 5*time.Second || f.Step.Abs() > 6*time.Hour) {
+					t.Errorf("seed %d: %+v", seed, f)
+				}
 				if f.Kind == Drain {
 					continue
 				}
 				for _, g := range r.Faults[i+1:] {
-					if g.Kind != Drain && g.At < f.At+f.For && touch(f, g) {
+					if g.Kind != Drain && (f.Kind == Clock) == (g.Kind == Clock) && g.At < f.At+f.For && touch(f, g) {
 						t.Errorf("seed %d: %+v and %+v at once", seed, f, g)
 					}
 				}
@@ -49,13 +54,23 @@ func TestPlanIsSound(t *testing.T) {
 			}
 		}
 	}
-	for _, k := range []Kind{Kill, Power, Halt, Freeze, Isolate, Cut, Deaf, Fill, Drain} {
+	for _, k := range []Kind{Kill, Power, Halt, Freeze, Isolate, Cut, Deaf, Fill, Drain, Clock} {
 		if kinds[k] < 150 {
 			t.Errorf("%d times %s in 200 minutes", kinds[k], k)
 		}
 	}
-	if kinds[Clock] > 0 {
-		t.Error("the clock is set without being asked for")
+}
+
+// Where clocks cannot be set the rest of the plan is the same.
+func TestPlanWithoutClocks(t *testing.T) {
+	s := Setup{Total: time.Minute, Nodes: 3, Slots: 12, Clock: true}
+	with := Make(3, s)
+	s.Clock = false
+	for i, r := range with {
+		with[i].Faults = slices.DeleteFunc(r.Faults, func(f Fault) bool { return f.Kind == Clock })
+	}
+	if diff := cmp.Diff(Make(3, s), with); diff != "" {
+		t.Errorf("another plan without clocks:\n%s", diff)
 	}
 }
 

@@ -45,12 +45,16 @@ type Run struct {
 	calls    sync.WaitGroup
 	starting map[string]chan struct{}
 
-	mu      sync.Mutex
-	round   int
-	events  []event
-	found   []Violation
-	counts  map[string]int
-	slowest time.Duration
+	mu sync.Mutex
+	// skews are by how much daemons' clocks are apart from the machine's, by the machines' names.
+	skews map[string]time.Duration
+	// serverSince is when the server was started last.
+	serverSince time.Time
+	round       int
+	events      []event
+	found       []Violation
+	counts      map[string]int
+	slowest     time.Duration
 }
 
 // NewRun prepares a run on a cluster whose nodes are ready; spare is how many network links each keeps ready.
@@ -59,6 +63,7 @@ func NewRun(tb testing.TB, c *harness.Cluster, spare int) *Run {
 	r := &Run{
 		tb: tb, cluster: c, ledger: NewLedger(), scratch: tb.TempDir(), ids: map[string]string{},
 		capacity: map[string]sandbox.Resources{}, spare: spare, counts: map[string]int{}, starting: map[string]chan struct{}{},
+		skews: map[string]time.Duration{}, serverSince: time.Now(),
 	}
 	nodes, err := c.Client().Nodes(tb.Context())
 	if err != nil {
@@ -73,6 +78,9 @@ func NewRun(tb testing.TB, c *harness.Cluster, spare int) *Run {
 		}
 	}
 	r.user = newUser(c, least)
+	for _, m := range slices.Concat(c.Nodes, c.Proxies, []*harness.Machine{c.Server}) {
+		m.Started = func(pid int) { r.started(m, pid) }
+	}
 	tb.Cleanup(r.user.close)
 	return r
 }
@@ -186,6 +194,8 @@ func (r *Run) use(ctx context.Context, began time.Time, ops []Operation) {
 		switch {
 		case errors.Is(err, errHang):
 			r.violated(Violation{Rule: "hang", ID: b.ID, Text: err.Error()})
+		case errors.Is(err, errEarly) && !r.ledger.Promises().Boxes[op.Slot].Excused:
+			r.violated(Violation{Rule: "early", ID: b.ID, Text: err.Error()})
 		case client.IsNotFound(err) && verb != Create && !r.ledger.Promises().Boxes[op.Slot].Excused:
 			r.violated(Violation{Rule: "lost", ID: b.ID, Text: "the server does not know a sandbox that was acknowledged: " + err.Error()})
 		case errors.Is(err, errContent):
@@ -273,11 +283,7 @@ func (r *Run) look(ctx context.Context) (*View, error) {
 	if v.Nodes, err = r.user.api.Nodes(ctx); err != nil {
 		return nil, fmt.Errorf("the server does not list its nodes: %w", err)
 	}
-	status, err := r.user.api.Status(ctx)
-	if err != nil {
-		return nil, fmt.Errorf("the server does not tell its status: %w", err)
-	}
-	v.Up = time.Since(status.StartedAt)
+	v.Up = time.Since(r.serverSince)
 	all := sentries(r.cluster.Nodes)
 	for _, m := range r.cluster.Nodes {
 		mv := MachineView{
@@ -321,7 +327,7 @@ func (r *Run) contents(ctx context.Context) []Violation {
 	boxes := r.ledger.Promises().Boxes
 	for _, slot := range slices.Sorted(maps.Keys(boxes)) {
 		b := boxes[slot]
-		if b.Belief != Running || b.Excused {
+		if b.Belief != Running || b.Excused || b.mayEnd(time.Now()) {
 			continue
 		}
 		callCtx, cancel := context.WithTimeout(ctx, bound)
@@ -371,6 +377,9 @@ func (r *Run) finish() {
 	})
 	for _, slot := range order {
 		for _, verb := range []Verb{Toggle, Read, End} {
+			if brief(slot) && verb != End {
+				continue
+			}
 			if belief := boxes[slot].Belief; verb == Toggle && belief == Running || verb != End && belief == Doomed {
 				continue
 			}

@@ -32,6 +32,8 @@ type Machine struct {
 	Dir string
 	// Ready is what the daemon said when it was ready.
 	Ready Ready
+	// Started, unless nil, is called with the process of each daemon as soon as that is there.
+	Started func(pid int)
 
 	lab    *Lab
 	binary string
@@ -81,6 +83,9 @@ func (m *Machine) Start(args ...string) {
 	_ = in.Close()
 	if err != nil {
 		m.lab.tb.Fatal(err)
+	}
+	if m.Started != nil {
+		m.Started(m.PID())
 	}
 	timer := time.AfterFunc(startTimeout, func() { _ = m.cmd.Process.Kill() })
 	defer timer.Stop()
