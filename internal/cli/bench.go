@@ -31,6 +31,7 @@ func tiers() []tier {
 		{"transfer", "upload and download a file through the proxy", (*bench).transfer},
 		{"pause", "pause an idle sandbox", (*bench).pause},
 		{"resume", "resume a paused sandbox, until its agent answers", (*bench).resume},
+		{"wake", "first request to a paused sandbox that requests resume, on a machine at rest", (*bench).wake},
 		{"snapshot", "snapshot an idle sandbox, which keeps running", (*bench).snapshot},
 		{"fork", "make 10 copies of an idle sandbox at once", (*bench).fork},
 		{"build", "build a template whose steps are all cached", (*bench).buildCached},

@@ -18,6 +18,7 @@ import (
 const (
 	pauseTarget      = 60   // ms
 	resumeTarget     = 70   // ms
+	wakeTarget       = 90   // ms
 	snapshotTarget   = 60   // ms
 	forkTarget       = 600  // ms, for forkCount
 	heapPauseTarget  = 300  // ms
@@ -51,8 +52,14 @@ func whole[T any](ctx context.Context, change func(context.Context) (T, error)) 
 
 // sized makes a sandbox with more than the template's memory or disk, and opens it.
 func (b *bench) sized(ctx context.Context, r client.Resources) (*guestConn, error) {
+	return b.opened(ctx, client.CreateSandbox{Resources: r})
+}
+
+// opened makes a sandbox and opens it.
+func (b *bench) opened(ctx context.Context, in client.CreateSandbox) (*guestConn, error) {
+	in.Template, in.TimeoutSeconds = b.template, 1800
 	s, _, err := whole(ctx, func(ctx context.Context) (client.Sandbox, error) {
-		made, err := b.cn.api.CreateSandbox(ctx, client.CreateSandbox{Template: b.template, TimeoutSeconds: 1800, Resources: r})
+		made, err := b.cn.api.CreateSandbox(ctx, in)
 		if err != nil {
 			return made, b.cn.check(err)
 		}
@@ -142,6 +149,30 @@ func (b *bench) resume(ctx context.Context) (benchResult, error) {
 	c, err := b.cycle(ctx, g, b.count, nil)
 	c.answer.Target = resumeTarget
 	return benchResult{Series: []series{c.call, c.answer}}, err
+}
+
+// wake sends a paused sandbox a request, which makes it run, and waits for the answer's first byte.
+func (b *bench) wake(ctx context.Context) (benchResult, error) {
+	g, err := b.opened(ctx, client.CreateSandbox{AutoPause: true, AutoResume: true})
+	if err != nil {
+		return benchResult{}, err
+	}
+	defer b.kill(ctx, g.sandbox)
+	out := series{Name: "first answer", Unit: "ms", Target: wakeTarget}
+	for range b.count {
+		if _, err := b.pauseOne(ctx, g.sandbox.ID); err != nil {
+			return benchResult{}, err
+		}
+		if err := b.settle(ctx, false); err != nil {
+			return benchResult{}, err
+		}
+		begin := time.Now()
+		if err := g.answers(ctx); err != nil {
+			return benchResult{}, err
+		}
+		out.Samples = append(out.Samples, ms(time.Since(begin)))
+	}
+	return benchResult{Series: []series{out}}, nil
 }
 
 func (b *bench) snapshot(ctx context.Context) (benchResult, error) {
