@@ -18,8 +18,10 @@ import (
 type Peer struct {
 	sandbox.Member
 
-	// Remote is where it dialed from.
+	// Remote is where it dialed from, or was dialed.
 	Remote netip.AddrPort
+	// Dialed is the address that Dial was given; empty where the member has dialed.
+	Dialed string
 	Since  time.Time
 }
 
@@ -29,6 +31,8 @@ type HubConfig struct {
 	Self sandbox.Member
 	// TLS is for members' links; it demands and verifies a certificate.
 	TLS *tls.Config
+	// ClientTLS returns the settings of a connection to the expected member, for Dial; nil where nobody is dialed.
+	ClientTLS func(expect sandbox.Member) *tls.Config
 	// JoinTLS is for everybody else, who gets Join and nothing more; nil where nobody can join here.
 	JoinTLS *tls.Config
 	Join    http.Handler

@@ -32,6 +32,9 @@ type Config struct {
 	TLS func(expect sandbox.Member) *tls.Config
 	// Handlers take the streams that servers open, their own and those that they pass on.
 	Handlers Handlers
+	// AwaitTLS demands and verifies the certificate of who dials, and Identify names it; for Await alone.
+	AwaitTLS *tls.Config
+	Identify Identify
 	// OnUp and OnDown are told of the link, one after the other. They must not block. Either may be nil.
 	OnUp   func(server string)
 	OnDown func(server string, why error)
@@ -47,6 +50,8 @@ type Link struct {
 	mu   sync.Mutex
 	pair *pair // never nil: one that is over where there is no link
 	last error
+	// made is the link that a server has made; nil where there is none, or where this end dials.
+	made *made
 }
 
 // New returns a link that Run keeps up.
@@ -145,8 +150,6 @@ func (l *Link) hold(ctx context.Context, server string) {
 	if ctx.Err() != nil {
 		return
 	}
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
 	var id linkID
 	_, _ = rand.Read(id[:]) // never fails
 	control, err := l.dial(ctx, server, protoControl, id)
@@ -154,17 +157,29 @@ func (l *Link) hold(ctx context.Context, server string) {
 		l.down(ctx, server, err, false)
 		return
 	}
+	p := &pair{control: control}
+	l.carry(ctx, server, p, func(ctx context.Context) {
+		keepBulk(ctx, p, l.takeStream, func(ctx context.Context) (*session, error) { return l.dial(ctx, server, protoBulk, id) })
+	})
+}
+
+// carry serves a life of the link until its control connection ends, and runs bulk as long.
+//
+// Preconditions: p has a control connection.
+func (l *Link) carry(ctx context.Context, server string, p *pair, bulk func(context.Context)) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
 	var serving sync.WaitGroup
 	defer serving.Wait()
-	p := &pair{control: control}
 	defer p.end()
+	control := p.control
 	l.setPresent(p)
 	l.cfg.Logger.InfoContext(ctx, "link up", slog.String("server", server))
 	if l.cfg.OnUp != nil {
 		l.cfg.OnUp(server)
 	}
 	serving.Go(func() { control.serve(ctx, l.takeStream) })
-	serving.Go(func() { l.holdBulk(ctx, server, p, id) })
+	serving.Go(func() { bulk(ctx) })
 	<-control.done()
 	cancel()
 	p.end()
@@ -186,16 +201,16 @@ func (l *Link) down(ctx context.Context, server string, why error, was bool) {
 	}
 }
 
-// holdBulk keeps the link's bulk connection up as long as its control connection is.
-func (l *Link) holdBulk(ctx context.Context, server string, p *pair, id linkID) {
+// keepBulk keeps the bulk connection of a link up that this end has dialed, until ctx ends.
+func keepBulk(ctx context.Context, p *pair, take func(context.Context, *stream), dial func(context.Context) (*session, error)) {
 	for wait := firstRetry; ctx.Err() == nil; wait = min(2*wait, lastRetry) {
-		bulk, err := l.dial(ctx, server, protoBulk, id)
+		bulk, err := dial(ctx)
 		if errors.Is(err, sandbox.ErrConflict) {
-			p.end() // the server knows a newer link, or none
+			p.end() // the other end knows a newer link, or none
 			return
 		}
 		if err == nil {
-			l.serveBulk(ctx, p, bulk)
+			serveBulk(ctx, p, bulk, take)
 			wait = firstRetry
 		}
 		if !pause(ctx, jitter(wait)) {
@@ -204,30 +219,35 @@ func (l *Link) holdBulk(ctx context.Context, server string, p *pair, id linkID) 
 	}
 }
 
-func (l *Link) serveBulk(ctx context.Context, p *pair, bulk *session) {
+func serveBulk(ctx context.Context, p *pair, bulk *session, take func(context.Context, *stream)) {
 	defer bulk.close()
 	if p.setBulk(bulk) {
 		defer p.lostBulk(bulk)
-		bulk.serve(ctx, l.takeStream)
+		bulk.serve(ctx, take)
 	}
 }
 
 // dial makes one of a link's connections.
 func (l *Link) dial(ctx context.Context, server, proto string, id linkID) (*session, error) {
-	conf := l.cfg.TLS(sandbox.Member{Role: sandbox.RoleServer})
-	c, err := dialTLS(ctx, server, conf, proto, dialTimeout)
+	c, err := dialTLS(ctx, server, l.cfg.TLS(sandbox.Member{Role: sandbox.RoleServer}), proto, dialTimeout)
 	if err != nil {
 		return nil, err
 	}
-	if err := hello(ctx, c, id); err != nil {
+	return greet(ctx, c, proto, id)
+}
+
+// greet says which link a connection is of that this end has dialed, and begins to share it.
+func greet(ctx context.Context, c *tls.Conn, proto string, id linkID) (*session, error) {
+	err := hello(ctx, c, id)
+	var s *session
+	if err == nil {
+		s, err = newSession(c, true, proto == protoBulk)
+	}
+	if err != nil {
 		_ = c.Close()
 		return nil, err
 	}
-	s, err := newSession(c, true, proto == protoBulk)
-	if err != nil {
-		_ = c.Close()
-	}
-	return s, err
+	return s, nil
 }
 
 // takeStream serves a stream that the server has opened, for itself or for another member.

@@ -97,6 +97,12 @@ func (p *pair) get(k Kind) (s *session, changed <-chan struct{}) {
 	return nil, p.changed
 }
 
+// live reports whether the link is up.
+func (p *pair) live() bool {
+	s, _ := p.get(RPC)
+	return s != nil
+}
+
 // session returns what carries streams of a kind; a bulk connection that is on its way is waited for. Errors: ErrUnavailable.
 func (p *pair) session(ctx context.Context, k Kind) (*session, error) {
 	timer := time.NewTimer(bulkWait)

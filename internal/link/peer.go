@@ -23,17 +23,26 @@ type peer struct {
 	Peer
 
 	id linkID
-	// ended is closed when the link is over and OnDown has been told.
-	ended chan struct{}
+	// ended is closed when the link is over and OnDown has been told; finish closes it.
+	ended  chan struct{}
+	finish func()
 	pair
+}
+
+func newPeer(m sandbox.Member, remote netip.AddrPort, id linkID) *peer {
+	p := &peer{Peer: Peer{Member: m, Remote: remote, Since: time.Now()}, id: id, ended: make(chan struct{})}
+	p.finish = sync.OnceFunc(func() { close(p.ended) })
+	return p
 }
 
 // takeControl makes the connection the member's link, in place of the one that it has, and serves it until it ends.
 func (h *Hub) takeControl(ctx context.Context, c *tls.Conn, m sandbox.Member, id linkID) error {
-	p := &peer{Peer: Peer{Member: m, Remote: remoteOf(c), Since: time.Now()}, id: id, ended: make(chan struct{})}
-	ended := sync.OnceFunc(func() { close(p.ended) })
-	defer ended()
-	h.replace(p)
+	p := newPeer(m, remoteOf(c), id)
+	defer p.finish()
+	if err := h.enter(p); err != nil {
+		refuse(c, err)
+		return err
+	}
 	defer h.remove(p)
 	if err := accept(c); err != nil { // only now: the member's bulk connection finds its link
 		return err
@@ -42,22 +51,32 @@ func (h *Hub) takeControl(ctx context.Context, c *tls.Conn, m sandbox.Member, id
 	if err != nil {
 		return err
 	}
+	h.carry(ctx, p, s, nil)
+	return nil
+}
+
+// carry serves a member's link until its control connection ends, and runs bulk as long, which may be nil.
+func (h *Hub) carry(ctx context.Context, p *peer, s *session, bulk func(context.Context)) {
+	ctx, cancel := context.WithCancel(ctx)
 	var streams sync.WaitGroup
 	defer streams.Wait()
+	defer cancel()
 	defer s.close()
 	if !p.setControl(s) {
-		return nil // replaced already
+		return // replaced already
 	}
-	h.cfg.Logger.InfoContext(ctx, "link up", slog.String("member", m.String()), slog.String("remote", p.Remote.String()))
+	h.cfg.Logger.InfoContext(ctx, "link up", slog.String("member", p.Member.String()), slog.String("remote", p.Remote.String()))
 	tell(h.cfg.OnUp, p.Peer)
-	streams.Go(func() { s.serve(ctx, func(ctx context.Context, st *stream) { h.takeStream(ctx, st, m) }) })
+	streams.Go(func() { s.serve(ctx, func(ctx context.Context, st *stream) { h.takeStream(ctx, st, p.Member) }) })
+	if bulk != nil {
+		streams.Go(func() { bulk(ctx) })
+	}
 	<-s.done()
 	h.remove(p)
 	p.end()
-	h.cfg.Logger.InfoContext(ctx, "link down", slog.String("member", m.String()), slog.String("remote", p.Remote.String()))
+	h.cfg.Logger.InfoContext(ctx, "link down", slog.String("member", p.Member.String()), slog.String("remote", p.Remote.String()))
 	tell(h.cfg.OnDown, p.Peer)
-	ended() // a link that takes this one's place need not wait for streams that take their time to end
-	return nil
+	p.finish() // a link that takes this one's place need not wait for streams that take their time to end
 }
 
 func tell(f func(Peer), p Peer) {
@@ -66,16 +85,22 @@ func tell(f func(Peer), p Peer) {
 	}
 }
 
-// replace makes p the member's link and waits until the one before is over.
-func (h *Hub) replace(p *peer) {
+// enter makes p the member's link and waits until the one before is over. Errors: ErrConflict where that one is there and
+// was made in another way: the member, or a list of whom to dial, has it twice.
+func (h *Hub) enter(p *peer) error {
 	h.mu.Lock()
 	old := h.peers[p.Member]
+	if old != nil && old.Dialed != p.Dialed && old.live() {
+		h.mu.Unlock()
+		return twice(old, p)
+	}
 	h.peers[p.Member] = p
 	h.mu.Unlock()
 	if old != nil {
 		old.end()
 		<-old.ended
 	}
+	return nil
 }
 
 func (h *Hub) remove(p *peer) {
@@ -103,12 +128,7 @@ func (h *Hub) takeBulk(ctx context.Context, c *tls.Conn, m sandbox.Member, id li
 	if err != nil {
 		return err
 	}
-	defer s.close()
-	if !p.setBulk(s) {
-		return nil
-	}
-	defer p.lostBulk(s)
-	s.serve(ctx, func(ctx context.Context, st *stream) { h.takeStream(ctx, st, m) })
+	serveBulk(ctx, &p.pair, s, func(ctx context.Context, st *stream) { h.takeStream(ctx, st, m) })
 	return nil
 }
 

@@ -82,7 +82,7 @@ func newRig(tb testing.TB) *rig {
 	r := &rig{tb: tb, authority: authority, up: make(chan link.Peer, 100), down: make(chan link.Peer, 100)}
 	own := r.identity(server)
 	r.hub = link.NewHub(link.HubConfig{
-		Self: server, TLS: own.ServerTLS(), JoinTLS: own.JoinTLS(),
+		Self: server, TLS: own.ServerTLS(), ClientTLS: own.ClientTLS, JoinTLS: own.JoinTLS(),
 		Join:     http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "joined") }),
 		Identify: auth.MemberOf, RPC: rpcOf("server"), Logger: logger(),
 		OnUp: func(p link.Peer) { r.up <- p }, OnDown: func(p link.Peer) { r.down <- p },
