@@ -74,7 +74,7 @@ func New(cfg Config, d Deps) (*Agent, error) {
 	a := &Agent{
 		cfg: cfg, journal: d.Journal, engine: d.Engine, network: d.Network, images: d.Images, saves: d.Snapshots,
 		dial: d.Dial, log: d.Logger, node: d.Journal.NodeID(),
-		gate: newGate(cfg.MaxStarting, cfg.MaxWaiting), crew: newCrew(), builds: newBuilds(cfg.MaxBuilds), files: newBuildFiles(cfg.FilesDir), clock: newClock(),
+		gate: newGate(cfg.MaxStarting, cfg.MaxWaiting), crew: newCrew(), builds: newBuilds(cfg.MaxBuilds), files: newBuildFiles(cfg.FilesDir), clock: newClock(cfg.SinceBoot),
 		peers: d.Peers, bucket: d.Bucket, moves: newTransfers(),
 		used: &meter{dir: cfg.ScratchDir}, wake: make(chan struct{}, 1),
 		all: map[sandbox.ID]*instance{}, byKey: map[string]*flight{}, pools: map[poolKey]*pool{},
@@ -171,6 +171,8 @@ func (a *Agent) drop(in *instance) {
 //
 // Preconditions: the caller holds in.op.
 func (a *Agent) put(ctx context.Context, in *instance, r journal.Record, changes ...journal.Change) error {
+	old := in.record()
+	a.clock.stamp(&old, &r)
 	r, err := a.journal.Put(ctx, r, changes...)
 	if err != nil {
 		return err

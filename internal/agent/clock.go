@@ -2,10 +2,14 @@ package agent
 
 import (
 	"context"
+	"crypto/rand"
 	"log/slog"
+	"os"
+	"strings"
 	"time"
 
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
 
 	"github.com/cloister-dev/cloister/internal/journal"
 	"github.com/cloister-dev/cloister/internal/sandbox"
@@ -22,14 +26,49 @@ const (
 // the process; how long a sandbox lives is not to change with it.
 type clock struct {
 	turn chan struct{} // of capacity 1: held by whoever compares and moves
-	born time.Time     // with the monotonic clock's reading
+	read func() (wall time.Time, mono time.Duration)
+	boot string
 	wall time.Time
 	mono time.Duration
 }
 
-func newClock() *clock {
-	t := time.Now()
-	return &clock{turn: make(chan struct{}, 1), born: t, wall: t.Round(0)}
+func newClock(sinceBoot func() (string, time.Duration)) *clock {
+	c := &clock{turn: make(chan struct{}, 1)}
+	boot, up := sinceBoot()
+	born := time.Now() // with the monotonic clock's reading
+	c.boot = boot
+	c.read = func() (time.Time, time.Duration) {
+		t := time.Now()
+		return t.Round(0), up + t.Sub(born)
+	}
+	c.wall, c.mono = c.read()
+	return c
+}
+
+// sinceBoot names the machine's last start and says what its monotonic clock shows; where that cannot be told, what was written
+// by an earlier process cannot be compared with.
+func sinceBoot() (id string, up time.Duration) {
+	var ts unix.Timespec
+	raw, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil || unix.ClockGettime(unix.CLOCK_MONOTONIC, &ts) != nil {
+		return rand.Text(), 0
+	}
+	return strings.TrimSpace(string(raw)), time.Duration(ts.Nano())
+}
+
+// reading is the clock as records remember it.
+func (c *clock) reading() journal.Clock {
+	wall, mono := c.read()
+	return journal.Clock{Boot: c.boot, Ahead: time.Duration(wall.UnixNano()) - mono}
+}
+
+// since returns by how much the clock was set since it stood as then; 0 where that cannot be told, or does no harm.
+func (c *clock) since(then journal.Clock) time.Duration {
+	at := c.reading()
+	if d := at.Ahead - then.Ahead; at.Boot == then.Boot && d.Abs() >= stepMin {
+		return d
+	}
+	return 0
 }
 
 // step returns by how much the wall clock has jumped since the last call: what it went on by beyond the monotonic one.
@@ -45,7 +84,7 @@ func (c *clock) step(wall time.Time, mono time.Duration) time.Duration {
 }
 
 // followClock moves what is planned for later along with the machine's clock, if that was set. It is called before any such
-// time is read or set. While the node is down nobody can tell a jump from time that passed.
+// time is read or set.
 func (a *Agent) followClock(ctx context.Context) {
 	select {
 	case a.clock.turn <- struct{}{}:
@@ -53,7 +92,7 @@ func (a *Agent) followClock(ctx context.Context) {
 		return
 	}
 	defer func() { <-a.clock.turn }()
-	d := a.clock.step(time.Now().Round(0), time.Since(a.clock.born))
+	d := a.clock.step(a.clock.read())
 	if d == 0 {
 		return
 	}
@@ -68,11 +107,18 @@ func (a *Agent) moveBy(ctx context.Context, d time.Duration) {
 		p.retryAt, p.use.last = moved(p.retryAt, d), moved(p.use.last, d)
 	}
 	a.mu.Unlock()
+	if until := a.decidedUntil(); !until.IsZero() {
+		until = until.Add(d)
+		a.decided.Store(&until)
+	}
 	var g errgroup.Group
 	g.SetLimit(movers)
 	for _, in := range a.instances() {
+		in.mu.Lock()
+		in.retryAt, in.usedAt = moved(in.retryAt, d), moved(in.usedAt, d)
+		in.mu.Unlock()
 		g.Go(func() error {
-			if err := a.moveEnd(ctx, in, d); err != nil && ctx.Err() == nil {
+			if err := a.moveEnd(ctx, in); err != nil && ctx.Err() == nil {
 				a.log.WarnContext(ctx, "end of a sandbox not moved", slog.String("sandbox_id", string(in.id)), slog.Any("err", err))
 			}
 			return nil
@@ -81,21 +127,56 @@ func (a *Agent) moveBy(ctx context.Context, d time.Duration) {
 	_ = g.Wait() // what failed is logged
 }
 
-func (a *Agent) moveEnd(ctx context.Context, in *instance, d time.Duration) error {
-	in.mu.Lock()
-	in.retryAt, in.usedAt = moved(in.retryAt, d), moved(in.usedAt, d)
-	in.mu.Unlock()
+// moveEnd moves a sandbox's end by what the clock was set since that was written.
+func (a *Agent) moveEnd(ctx context.Context, in *instance) error {
 	if err := in.lock(ctx); err != nil {
 		return err
 	}
 	defer a.release(in)
+	return a.followEnd(ctx, in)
+}
+
+// followEnd is moveEnd for whoever holds in.op. A machine that was started again may have any time: there is nothing to compare with.
+func (a *Agent) followEnd(ctx context.Context, in *instance) error {
 	r := in.record()
-	if r.State != sandbox.StateRunning || r.EndAt.IsZero() {
+	d := a.clock.since(r.Clock)
+	if d == 0 || r.State.Ended() || r.State == sandbox.StatePaused { // a paused one gets a new end as it resumes
 		return nil
 	}
-	r.EndAt = r.EndAt.Add(d)
+	r.EndAt, r.Deadline, r.Clock = moved(r.EndAt, d), moved(r.Deadline, d), a.clock.reading()
+	if r.State != sandbox.StateRunning || r.EndAt.IsZero() {
+		return a.put(ctx, in, r) // the server learns it with what the sandbox becomes
+	}
 	r.Generation++
 	return a.put(ctx, in, r, journal.Change{Type: "timeout_set", Time: now(), Sandbox: r.Sandbox})
+}
+
+// checkTime refuses to end a sandbox for its time while that is not up by this machine's clock: the one by which a server decided
+// may be another. It must not be called with in.op held.
+func (a *Agent) checkTime(ctx context.Context, in *instance) error {
+	a.followClock(ctx)
+	r := in.record()
+	if left := r.EndAt.Sub(now()); r.State == sandbox.StateRunning && !r.EndAt.IsZero() && left > stepMin {
+		return sandbox.Conflictf("sandbox %s has %s left by the clock of node %s", in.id, left.Round(time.Millisecond), a.node)
+	}
+	return nil
+}
+
+// stamp notes by which clock the times are meant that a record gets in place of an older one's. What it keeps of that is moved
+// along.
+func (c *clock) stamp(old, r *journal.Record) {
+	end, deadline := r.EndAt.Equal(old.EndAt), r.Deadline.Equal(old.Deadline)
+	if end && deadline || r.Clock != old.Clock {
+		return
+	}
+	d := c.since(old.Clock)
+	if end {
+		r.EndAt = moved(r.EndAt, d)
+	}
+	if deadline {
+		r.Deadline = moved(r.Deadline, d)
+	}
+	r.Clock = c.reading()
 }
 
 // moved returns t moved by d; zero stays what it is.

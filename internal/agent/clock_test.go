@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"errors"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -8,6 +9,7 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	agentv1 "github.com/cloister-dev/cloister/internal/gen/agent/v1"
+	"github.com/cloister-dev/cloister/internal/sandbox"
 )
 
 func TestClockStep(t *testing.T) {
@@ -26,6 +28,19 @@ func TestClockStep(t *testing.T) {
 	}
 }
 
+// set makes the node's clock look as if it were set: the bubble's clocks cannot be set apart.
+func (n *node) set(by time.Duration) {
+	n.clock.turn <- struct{}{}
+	read := n.clock.read
+	n.clock.read = func() (time.Time, time.Duration) {
+		wall, mono := read()
+		return wall.Add(by), mono
+	}
+	<-n.clock.turn
+	n.poke()
+	synctest.Wait()
+}
+
 // TestClockSet moves the ends of sandboxes with the clock, so that none lives shorter or longer for it.
 func TestClockSet(t *testing.T) {
 	bubble(t, func(m *machine) {
@@ -35,26 +50,98 @@ func TestClockSet(t *testing.T) {
 		forever := n.create(func(r *agentv1.CreateRequest) { r.Timeout = nil })
 		in, _ := n.get(brief)
 		end := in.record().EndAt
-		// The bubble's clocks cannot be set apart: this is what a forward jump of an hour looks like.
-		n.clock.turn <- struct{}{}
-		n.clock.wall = n.clock.wall.Add(-time.Hour)
-		<-n.clock.turn
-		n.poke()
-		synctest.Wait()
+		n.set(time.Hour)
 		if got := in.record().EndAt; !got.Equal(end.Add(time.Hour)) {
 			t.Errorf("the end moved from %v to %v, want an hour later", end, got)
 		}
-		n.clock.turn <- struct{}{}
-		n.clock.wall = n.clock.wall.Add(time.Hour)
-		<-n.clock.turn
-		n.poke()
-		synctest.Wait()
+		n.set(-time.Hour)
 		pass(2 * time.Minute)
 		if got := n.state(brief); got != "deleted: timeout" {
 			t.Errorf("after its time: %s", got)
 		}
 		if got := n.state(forever); got != "running" {
 			t.Errorf("one without an end: %s", got)
+		}
+		n.verify()
+	})
+}
+
+// TestClockSetWhileDown does so as well where the node's process was not there when the clock was set.
+func TestClockSetWhileDown(t *testing.T) {
+	bubble(t, func(m *machine) {
+		t := m.t
+		n := m.boot()
+		brief := n.create(func(r *agentv1.CreateRequest) { r.Timeout = durationpb.New(time.Minute) })
+		in, _ := n.get(brief)
+		r := in.record()
+		// It was an hour ahead when the sandbox was created, and was set right since.
+		r.EndAt, r.Clock.Ahead = r.EndAt.Add(time.Hour), r.Clock.Ahead+time.Hour
+		in.set(&r)
+		if _, err := n.jour.Put(t.Context(), r); err != nil {
+			t.Fatal(err)
+		}
+		end := r.EndAt.Add(-time.Hour)
+		n.down()
+		n = m.boot()
+		if in, _ = n.get(brief); !in.record().EndAt.Equal(end) {
+			t.Errorf("the end is at %v, want %v", in.record().EndAt, end)
+		}
+		n.verify()
+	})
+}
+
+// A step that is found out about while an operation goes on moves no end that was set after it.
+func TestClockSetMeanwhile(t *testing.T) {
+	bubble(t, func(m *machine) {
+		t := m.t
+		n := m.boot()
+		id := n.create(func(r *agentv1.CreateRequest) { r.Timeout = durationpb.New(time.Minute) })
+		in, _ := n.get(id)
+		if err := in.lock(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		n.set(time.Hour)
+		r := in.record()
+		r.EndAt = now().Add(time.Hour + 5*time.Minute) // by the clock that is an hour ahead
+		r.Generation++
+		if err := n.put(t.Context(), in, r); err != nil {
+			t.Fatal(err)
+		}
+		n.release(in)
+		synctest.Wait()
+		if got := in.record().EndAt; !got.Equal(r.EndAt) {
+			t.Errorf("the end is at %v, want %v", got, r.EndAt)
+		}
+	})
+}
+
+// TestEndOfAnotherClock refuses to end a sandbox for its time that has time left by the node's own clock.
+func TestEndOfAnotherClock(t *testing.T) {
+	bubble(t, func(m *machine) {
+		t := m.t
+		n := m.boot()
+		id := n.create(func(r *agentv1.CreateRequest) { r.Timeout = durationpb.New(time.Minute) })
+		in, _ := n.get(id)
+		generation := in.record().Generation
+		kill := func() error {
+			_, err := n.Kill(t.Context(), &agentv1.KillRequest{Id: string(id), TimedOut: true, Generation: generation})
+			return err
+		}
+		pause := func() error {
+			_, err := n.Pause(t.Context(), &agentv1.PauseRequest{Id: string(id), TimedOut: true, Generation: generation})
+			return err
+		}
+		for _, err := range []error{kill(), pause()} {
+			if !errors.Is(err, sandbox.ErrConflict) {
+				t.Errorf("got %v, want a conflict", err)
+			}
+		}
+		if got := n.state(id); got != "running" {
+			t.Errorf("before its time: %s", got)
+		}
+		pass(time.Minute - time.Second)
+		if err := kill(); err != nil {
+			t.Error(err)
 		}
 		n.verify()
 	})

@@ -38,7 +38,7 @@ func (a *Agent) Kill(ctx context.Context, req *agentv1.KillRequest) (*agentv1.Ki
 	e := journal.Ending{State: sandbox.StateDeleted, Reason: fmt.Sprintf("%.*s", maxReasonBytes, reason), Type: "killed"}
 	if req.GetTimedOut() {
 		e.Type = "timed_out"
-		if err := a.checkIdle(ctx, in); err != nil {
+		if err := errors.Join(a.checkTime(ctx, in), a.checkIdle(ctx, in)); err != nil {
 			return nil, toWireError(err)
 		}
 	}

@@ -68,6 +68,9 @@ type Config struct {
 	// MemoryPressure reports whether the machine is short of memory; the pool is then given back. Default: the kernel's
 	// pressure and available memory, see MemoryPressure.
 	MemoryPressure func() bool
+	// SinceBoot names the machine's last start and says what the clock shows that counts from it and that nobody sets. Default:
+	// what the kernel says.
+	SinceBoot func() (id string, up time.Duration)
 
 	// FilesDir is the directory of what builds copy from, and of what they work on. Empty refuses files and steps.
 	FilesDir string
@@ -124,6 +127,9 @@ func withDefaults(c Config) Config {
 	}
 	if c.MemoryPressure == nil {
 		c.MemoryPressure = MemoryPressure
+	}
+	if c.SinceBoot == nil {
+		c.SinceBoot = sinceBoot
 	}
 	if c.CPUFeatures == nil {
 		info, _ := os.ReadFile("/proc/cpuinfo")

@@ -85,7 +85,7 @@ func TestTimedOut(t *testing.T) {
 	bubble(t, func(m *machine) {
 		t := m.t
 		n := m.boot()
-		id := n.create()
+		id := n.create(func(r *agentv1.CreateRequest) { r.Timeout = durationpb.New(time.Second) })
 		got, err := n.Get(t.Context(), &agentv1.GetRequest{Id: string(id)})
 		m.check(err)
 		generation := got.GetSandbox().GetGeneration()

@@ -19,9 +19,15 @@ const maxAutoPauses = 3
 
 // Pause saves a running sandbox and frees its processor time and memory.
 func (a *Agent) Pause(ctx context.Context, req *agentv1.PauseRequest) (*agentv1.PauseResponse, error) {
+	a.followClock(ctx)
 	in, err := a.visible(req.GetId())
 	if err != nil {
 		return nil, toWireError(err)
+	}
+	if req.GetTimedOut() {
+		if err := a.checkTime(ctx, in); err != nil {
+			return nil, toWireError(err)
+		}
 	}
 	if err := in.lock(ctx); err != nil {
 		return nil, toWireError(err)

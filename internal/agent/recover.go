@@ -186,10 +186,9 @@ func (a *Agent) recoverOne(ctx context.Context, in *instance, running bool) erro
 		return err
 	}
 	defer a.release(in)
-	var err error
+	err := a.recoverEnd(ctx, in)
 	switch r := in.record(); {
-	case r.State.Ended():
-		return nil
+	case err != nil, r.State.Ended():
 	case r.State == sandbox.StateCreating && running && r.Warm && r.Ready:
 		if a.adoptWarm(ctx, in) == nil {
 			return nil
@@ -215,6 +214,16 @@ func (a *Agent) recoverOne(ctx context.Context, in *instance, running bool) erro
 		return nil
 	}
 	return err
+}
+
+// recoverEnd moves a sandbox's end by what the machine's clock was set while the node was down.
+func (a *Agent) recoverEnd(ctx context.Context, in *instance) error {
+	if r := in.record(); r.Clock.Boot != a.clock.boot {
+		r.Clock = a.clock.reading()
+		in.set(&r)
+		return nil
+	}
+	return a.followEnd(ctx, in)
 }
 
 // recoverPaused takes back a sandbox that is paused, or whose guest does not count yet or does not exist any more. Without

@@ -97,6 +97,8 @@ func newMachine(tb testing.TB) *machine {
 		network: func(f *fakeNet) network { return f }, files: func(f *fakeImages) images { return f },
 		cfg: Config{ScratchDir: "/scratch", Name: "one", WarmMax: -1, MemoryPressure: func() bool { return false }},
 	}
+	started := time.Now()
+	m.cfg.SinceBoot = func() (string, time.Duration) { return "boot", time.Since(started) }
 	m.images.add("one")
 	return m
 }

@@ -32,6 +32,8 @@ type Record struct {
 	// Deadline is when a pausing or resuming sandbox has to be something else, and when the server is reminded of a migrating
 	// one.
 	Deadline time.Time `json:"deadline,omitzero"`
+	// Clock is the one by which EndAt and Deadline are meant; zero where that is not known.
+	Clock Clock `json:"clock,omitzero"`
 	// Guest is what every process inside starts with, for when the sandbox boots anew.
 	Guest sandbox.GuestSettings `json:"guest,omitzero"`
 	// TokenOf is the sandbox whose access token the agent inside demands, until it is told its own; empty for none.
@@ -48,6 +50,14 @@ type Record struct {
 	Lines []Line `json:"lines,omitempty"`
 	// Last names the newest change that was made of it: the change's number, kind and time. The journal sets it.
 	Last Mark `json:"last,omitzero"`
+}
+
+// Clock says how a machine's wall clock stood, so that one who comes later can tell by how much it was set since.
+type Clock struct {
+	// Boot names the start of the machine from which its monotonic clock counts.
+	Boot string `json:"boot,omitempty"`
+	// Ahead is by how much the wall clock, counted from 1970 in UTC, was ahead of the monotonic one.
+	Ahead time.Duration `json:"ahead,omitempty"`
 }
 
 // Network is what it takes to find a sandbox's network again.
