@@ -98,8 +98,13 @@ func (t *Table) take(ctx context.Context, tr traffic, msg *proxyv1.WatchResponse
 	for _, id := range down {
 		tr.NodeDown(id)
 	}
+	pausing := false
 	for _, r := range changed {
 		tr.Changed(r)
+		pausing = pausing || r.State == sandbox.StatePausing
+	}
+	if pausing && msg.GetVersion() > 0 {
+		t.prompted()
 	}
 	if msg.GetVersion() > 0 {
 		return nil

@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"time"
 
+	"golang.org/x/time/rate"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	proxyv1 "github.com/cloister-dev/cloister/internal/gen/proxy/v1"
@@ -24,9 +25,25 @@ type reporter struct {
 	leaving bool
 }
 
+// Reports that are prompted come at most promptsPerSecond times a second, but for as many as promptsAtOnce: a pause is held up
+// by milliseconds, and thousands of them at once cause no more reports than that.
+const (
+	promptsPerSecond = 20
+	promptsAtOnce    = 4
+)
+
+// prompted has the next report be made now: a server holds a sandbox back that is to pause, until it is known that nobody uses it.
+func (t *Table) prompted() {
+	select {
+	case t.prompt <- struct{}{}:
+	default:
+	}
+}
+
 // report reports until ctx ends.
 func (t *Table) report(ctx context.Context, tr traffic) {
 	rp := &reporter{table: t, traffic: tr, full: true, every: t.cfg.ReportEvery}
+	prompts := rate.NewLimiter(promptsPerSecond, promptsAtOnce)
 	var told chan<- error
 	for {
 		err := rp.send(ctx)
@@ -45,6 +62,9 @@ func (t *Table) report(ctx context.Context, tr traffic) {
 		case told = <-t.leaving:
 			rp.leaving = true
 			wait.Stop()
+		case <-t.prompt:
+			wait.Stop()
+			_ = prompts.Wait(ctx) // where ctx has ended, the next report fails and the loop ends
 		case <-wait.C:
 		}
 	}
@@ -59,8 +79,9 @@ func (rp *reporter) send(ctx context.Context) error {
 		since = time.Time{}
 	}
 	rp.sequence++
+	self := rp.table.self() // first: requests that are held back since the table's version are not among the activities that follow
 	resp, err := rp.table.server.Report(ctx, &proxyv1.ReportRequest{
-		Sequence: rp.sequence, Activities: activitiesToWire(rp.traffic.Activities(since)), Full: rp.full, Proxy: rp.table.self(), Leaving: rp.leaving,
+		Sequence: rp.sequence, Activities: activitiesToWire(rp.traffic.Activities(since)), Full: rp.full, Proxy: self, Leaving: rp.leaving,
 	})
 	if err != nil {
 		rp.full = true

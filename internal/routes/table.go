@@ -103,8 +103,9 @@ type Table struct {
 	staleSince time.Time
 	waiting    map[sandbox.ID]*waiters
 	asking     map[sandbox.ID]*question
-	// leaving hands the reporter where it is to say how the telling went.
+	// leaving hands the reporter where it is to say how the telling went; prompt has it report at once.
 	leaving chan chan<- error
+	prompt  chan struct{}
 }
 
 // New returns an empty Table; Run fills it. Errors: ErrInvalid.
@@ -120,7 +121,7 @@ func New(cfg Config) (*Table, error) {
 		kept:       make(map[sandbox.ID]struct{}),
 		staleSince: time.Now(),
 		waiting:    make(map[sandbox.ID]*waiters), asking: make(map[sandbox.ID]*question),
-		leaving: make(chan chan<- error),
+		leaving: make(chan chan<- error), prompt: make(chan struct{}, 1),
 	}
 	var err error
 	t.metrics, err = newMetrics(cfg.Registerer, t)
