@@ -511,7 +511,10 @@ type Parcel struct {
 	IdempotencyKey string `protobuf:"bytes,6,opt,name=idempotency_key,json=idempotencyKey,proto3" json:"idempotency_key,omitempty"`
 	Source         string `protobuf:"bytes,7,opt,name=source,proto3" json:"source,omitempty"`
 	// It is to run again when it arrives.
-	Running       bool `protobuf:"varint,8,opt,name=running,proto3" json:"running,omitempty"`
+	Running bool `protobuf:"varint,8,opt,name=running,proto3" json:"running,omitempty"`
+	// How long it was to go on when the node that has it answered; unset for one without an end, or that is
+	// not to run. Two nodes' clocks may differ.
+	Left          *durationpb.Duration `protobuf:"bytes,9,opt,name=left,proto3" json:"left,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -600,6 +603,13 @@ func (x *Parcel) GetRunning() bool {
 		return x.Running
 	}
 	return false
+}
+
+func (x *Parcel) GetLeft() *durationpb.Duration {
+	if x != nil {
+		return x.Left
+	}
+	return nil
 }
 
 type DepartRequest struct {
@@ -4350,7 +4360,7 @@ const file_agent_v1_agent_proto_rawDesc = "" +
 	"\rcheckpoint_id\x18\x01 \x01(\tR\fcheckpointId\"0\n" +
 	"\rStoreResponse\x12\x1f\n" +
 	"\vmoved_bytes\x18\x01 \x01(\x03R\n" +
-	"movedBytes\"\xb3\x02\n" +
+	"movedBytes\"\xe2\x02\n" +
 	"\x06Parcel\x12+\n" +
 	"\asandbox\x18\x01 \x01(\v2\x11.agent.v1.SandboxR\asandbox\x12!\n" +
 	"\fimage_digest\x18\x02 \x01(\tR\vimageDigest\x124\n" +
@@ -4361,7 +4371,8 @@ const file_agent_v1_agent_proto_rawDesc = "" +
 	"\btoken_of\x18\x05 \x01(\tR\atokenOf\x12'\n" +
 	"\x0fidempotency_key\x18\x06 \x01(\tR\x0eidempotencyKey\x12\x16\n" +
 	"\x06source\x18\a \x01(\tR\x06source\x12\x18\n" +
-	"\arunning\x18\b \x01(\bR\arunning\"\x87\x01\n" +
+	"\arunning\x18\b \x01(\bR\arunning\x12-\n" +
+	"\x04left\x18\t \x01(\v2\x19.google.protobuf.DurationR\x04left\"\x87\x01\n" +
 	"\rDepartRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12/\n" +
 	"\x05grace\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x05grace\x125\n" +
@@ -4841,132 +4852,133 @@ var file_agent_v1_agent_proto_depIdxs = []int32{
 	40,  // 3: agent.v1.Parcel.sandbox:type_name -> agent.v1.Sandbox
 	21,  // 4: agent.v1.Parcel.checkpoint:type_name -> agent.v1.Checkpoint
 	22,  // 5: agent.v1.Parcel.guest:type_name -> agent.v1.GuestSettings
-	68,  // 6: agent.v1.DepartRequest.grace:type_name -> google.protobuf.Duration
-	68,  // 7: agent.v1.DepartRequest.deadline:type_name -> google.protobuf.Duration
-	8,   // 8: agent.v1.DepartResponse.parcel:type_name -> agent.v1.Parcel
-	62,  // 9: agent.v1.DepartResponse.load:type_name -> agent.v1.Load
-	8,   // 10: agent.v1.ReceiveRequest.parcel:type_name -> agent.v1.Parcel
-	3,   // 11: agent.v1.ReceiveRequest.peers:type_name -> agent.v1.Peer
-	40,  // 12: agent.v1.ReceiveResponse.sandbox:type_name -> agent.v1.Sandbox
-	62,  // 13: agent.v1.ReceiveResponse.load:type_name -> agent.v1.Load
-	40,  // 14: agent.v1.ArriveResponse.sandbox:type_name -> agent.v1.Sandbox
-	62,  // 15: agent.v1.ArriveResponse.load:type_name -> agent.v1.Load
-	40,  // 16: agent.v1.ReturnResponse.sandbox:type_name -> agent.v1.Sandbox
-	62,  // 17: agent.v1.ReturnResponse.load:type_name -> agent.v1.Load
-	62,  // 18: agent.v1.ForgetResponse.load:type_name -> agent.v1.Load
-	0,   // 19: agent.v1.Checkpoint.kind:type_name -> agent.v1.CheckpointKind
-	39,  // 20: agent.v1.Checkpoint.resources:type_name -> agent.v1.Resources
-	69,  // 21: agent.v1.Checkpoint.created_at:type_name -> google.protobuf.Timestamp
-	22,  // 22: agent.v1.Checkpoint.guest:type_name -> agent.v1.GuestSettings
-	63,  // 23: agent.v1.GuestSettings.env:type_name -> agent.v1.GuestSettings.EnvEntry
-	0,   // 24: agent.v1.PauseRequest.kind:type_name -> agent.v1.CheckpointKind
-	40,  // 25: agent.v1.PauseResponse.sandbox:type_name -> agent.v1.Sandbox
-	62,  // 26: agent.v1.PauseResponse.load:type_name -> agent.v1.Load
-	68,  // 27: agent.v1.ResumeRequest.timeout:type_name -> google.protobuf.Duration
-	40,  // 28: agent.v1.ResumeResponse.sandbox:type_name -> agent.v1.Sandbox
-	62,  // 29: agent.v1.ResumeResponse.load:type_name -> agent.v1.Load
-	0,   // 30: agent.v1.SnapshotRequest.kind:type_name -> agent.v1.CheckpointKind
-	21,  // 31: agent.v1.SnapshotResponse.checkpoint:type_name -> agent.v1.Checkpoint
-	40,  // 32: agent.v1.RollbackResponse.sandbox:type_name -> agent.v1.Sandbox
-	62,  // 33: agent.v1.RollbackResponse.load:type_name -> agent.v1.Load
-	22,  // 34: agent.v1.PushRequest.guest:type_name -> agent.v1.GuestSettings
-	39,  // 35: agent.v1.PushRequest.resources:type_name -> agent.v1.Resources
-	1,   // 36: agent.v1.Sandbox.state:type_name -> agent.v1.State
-	39,  // 37: agent.v1.Sandbox.resources:type_name -> agent.v1.Resources
-	64,  // 38: agent.v1.Sandbox.metadata:type_name -> agent.v1.Sandbox.MetadataEntry
-	69,  // 39: agent.v1.Sandbox.started_at:type_name -> google.protobuf.Timestamp
-	69,  // 40: agent.v1.Sandbox.end_at:type_name -> google.protobuf.Timestamp
-	69,  // 41: agent.v1.Sandbox.ended_at:type_name -> google.protobuf.Timestamp
-	0,   // 42: agent.v1.Sandbox.auto_pause_kind:type_name -> agent.v1.CheckpointKind
-	69,  // 43: agent.v1.Sandbox.paused_at:type_name -> google.protobuf.Timestamp
-	0,   // 44: agent.v1.Sandbox.paused_kind:type_name -> agent.v1.CheckpointKind
-	68,  // 45: agent.v1.Sandbox.timeout:type_name -> google.protobuf.Duration
-	39,  // 46: agent.v1.CreateRequest.resources:type_name -> agent.v1.Resources
-	65,  // 47: agent.v1.CreateRequest.metadata:type_name -> agent.v1.CreateRequest.MetadataEntry
-	66,  // 48: agent.v1.CreateRequest.env:type_name -> agent.v1.CreateRequest.EnvEntry
-	68,  // 49: agent.v1.CreateRequest.timeout:type_name -> google.protobuf.Duration
-	22,  // 50: agent.v1.CreateRequest.guest:type_name -> agent.v1.GuestSettings
-	0,   // 51: agent.v1.CreateRequest.auto_pause_kind:type_name -> agent.v1.CheckpointKind
-	3,   // 52: agent.v1.CreateRequest.peers:type_name -> agent.v1.Peer
-	40,  // 53: agent.v1.CreateResponse.sandbox:type_name -> agent.v1.Sandbox
-	62,  // 54: agent.v1.CreateResponse.load:type_name -> agent.v1.Load
-	40,  // 55: agent.v1.GetResponse.sandbox:type_name -> agent.v1.Sandbox
-	68,  // 56: agent.v1.SetTimeoutRequest.timeout:type_name -> google.protobuf.Duration
-	40,  // 57: agent.v1.SetTimeoutResponse.sandbox:type_name -> agent.v1.Sandbox
-	69,  // 58: agent.v1.MetricsRequest.start:type_name -> google.protobuf.Timestamp
-	69,  // 59: agent.v1.MetricsRequest.end:type_name -> google.protobuf.Timestamp
-	69,  // 60: agent.v1.MetricSample.time:type_name -> google.protobuf.Timestamp
-	50,  // 61: agent.v1.MetricsResponse.samples:type_name -> agent.v1.MetricSample
-	69,  // 62: agent.v1.LogsRequest.start:type_name -> google.protobuf.Timestamp
-	69,  // 63: agent.v1.LogEntry.time:type_name -> google.protobuf.Timestamp
-	67,  // 64: agent.v1.LogEntry.fields:type_name -> agent.v1.LogEntry.FieldsEntry
-	53,  // 65: agent.v1.LogsResponse.entries:type_name -> agent.v1.LogEntry
-	22,  // 66: agent.v1.BuildRequest.base_guest:type_name -> agent.v1.GuestSettings
-	56,  // 67: agent.v1.BuildRequest.steps:type_name -> agent.v1.BuildStep
-	39,  // 68: agent.v1.BuildRequest.resources:type_name -> agent.v1.Resources
-	68,  // 69: agent.v1.GetBuildRequest.wait:type_name -> google.protobuf.Duration
-	2,   // 70: agent.v1.GetBuildResponse.state:type_name -> agent.v1.BuildState
-	53,  // 71: agent.v1.GetBuildResponse.entries:type_name -> agent.v1.LogEntry
-	22,  // 72: agent.v1.GetBuildResponse.guest:type_name -> agent.v1.GuestSettings
-	21,  // 73: agent.v1.GetBuildResponse.checkpoint:type_name -> agent.v1.Checkpoint
-	39,  // 74: agent.v1.GetBuildResponse.resources:type_name -> agent.v1.Resources
-	39,  // 75: agent.v1.Load.capacity:type_name -> agent.v1.Resources
-	39,  // 76: agent.v1.Load.allocated:type_name -> agent.v1.Resources
-	41,  // 77: agent.v1.AgentService.Create:input_type -> agent.v1.CreateRequest
-	43,  // 78: agent.v1.AgentService.Get:input_type -> agent.v1.GetRequest
-	45,  // 79: agent.v1.AgentService.Kill:input_type -> agent.v1.KillRequest
-	47,  // 80: agent.v1.AgentService.SetTimeout:input_type -> agent.v1.SetTimeoutRequest
-	49,  // 81: agent.v1.AgentService.Metrics:input_type -> agent.v1.MetricsRequest
-	52,  // 82: agent.v1.AgentService.Logs:input_type -> agent.v1.LogsRequest
-	55,  // 83: agent.v1.AgentService.Build:input_type -> agent.v1.BuildRequest
-	58,  // 84: agent.v1.AgentService.GetBuild:input_type -> agent.v1.GetBuildRequest
-	33,  // 85: agent.v1.AgentService.CancelBuild:input_type -> agent.v1.CancelBuildRequest
-	35,  // 86: agent.v1.AgentService.PutFile:input_type -> agent.v1.PutFileRequest
-	37,  // 87: agent.v1.AgentService.Push:input_type -> agent.v1.PushRequest
-	60,  // 88: agent.v1.AgentService.RemoveTemplate:input_type -> agent.v1.RemoveTemplateRequest
-	23,  // 89: agent.v1.AgentService.Pause:input_type -> agent.v1.PauseRequest
-	25,  // 90: agent.v1.AgentService.Resume:input_type -> agent.v1.ResumeRequest
-	27,  // 91: agent.v1.AgentService.Snapshot:input_type -> agent.v1.SnapshotRequest
-	29,  // 92: agent.v1.AgentService.Rollback:input_type -> agent.v1.RollbackRequest
-	31,  // 93: agent.v1.AgentService.RemoveCheckpoint:input_type -> agent.v1.RemoveCheckpointRequest
-	4,   // 94: agent.v1.AgentService.Fetch:input_type -> agent.v1.FetchRequest
-	6,   // 95: agent.v1.AgentService.Store:input_type -> agent.v1.StoreRequest
-	9,   // 96: agent.v1.AgentService.Depart:input_type -> agent.v1.DepartRequest
-	11,  // 97: agent.v1.AgentService.Receive:input_type -> agent.v1.ReceiveRequest
-	13,  // 98: agent.v1.AgentService.Arrive:input_type -> agent.v1.ArriveRequest
-	15,  // 99: agent.v1.AgentService.Return:input_type -> agent.v1.ReturnRequest
-	17,  // 100: agent.v1.AgentService.Forget:input_type -> agent.v1.ForgetRequest
-	19,  // 101: agent.v1.AgentService.Guard:input_type -> agent.v1.GuardRequest
-	42,  // 102: agent.v1.AgentService.Create:output_type -> agent.v1.CreateResponse
-	44,  // 103: agent.v1.AgentService.Get:output_type -> agent.v1.GetResponse
-	46,  // 104: agent.v1.AgentService.Kill:output_type -> agent.v1.KillResponse
-	48,  // 105: agent.v1.AgentService.SetTimeout:output_type -> agent.v1.SetTimeoutResponse
-	51,  // 106: agent.v1.AgentService.Metrics:output_type -> agent.v1.MetricsResponse
-	54,  // 107: agent.v1.AgentService.Logs:output_type -> agent.v1.LogsResponse
-	57,  // 108: agent.v1.AgentService.Build:output_type -> agent.v1.BuildResponse
-	59,  // 109: agent.v1.AgentService.GetBuild:output_type -> agent.v1.GetBuildResponse
-	34,  // 110: agent.v1.AgentService.CancelBuild:output_type -> agent.v1.CancelBuildResponse
-	36,  // 111: agent.v1.AgentService.PutFile:output_type -> agent.v1.PutFileResponse
-	38,  // 112: agent.v1.AgentService.Push:output_type -> agent.v1.PushResponse
-	61,  // 113: agent.v1.AgentService.RemoveTemplate:output_type -> agent.v1.RemoveTemplateResponse
-	24,  // 114: agent.v1.AgentService.Pause:output_type -> agent.v1.PauseResponse
-	26,  // 115: agent.v1.AgentService.Resume:output_type -> agent.v1.ResumeResponse
-	28,  // 116: agent.v1.AgentService.Snapshot:output_type -> agent.v1.SnapshotResponse
-	30,  // 117: agent.v1.AgentService.Rollback:output_type -> agent.v1.RollbackResponse
-	32,  // 118: agent.v1.AgentService.RemoveCheckpoint:output_type -> agent.v1.RemoveCheckpointResponse
-	5,   // 119: agent.v1.AgentService.Fetch:output_type -> agent.v1.FetchResponse
-	7,   // 120: agent.v1.AgentService.Store:output_type -> agent.v1.StoreResponse
-	10,  // 121: agent.v1.AgentService.Depart:output_type -> agent.v1.DepartResponse
-	12,  // 122: agent.v1.AgentService.Receive:output_type -> agent.v1.ReceiveResponse
-	14,  // 123: agent.v1.AgentService.Arrive:output_type -> agent.v1.ArriveResponse
-	16,  // 124: agent.v1.AgentService.Return:output_type -> agent.v1.ReturnResponse
-	18,  // 125: agent.v1.AgentService.Forget:output_type -> agent.v1.ForgetResponse
-	20,  // 126: agent.v1.AgentService.Guard:output_type -> agent.v1.GuardResponse
-	102, // [102:127] is the sub-list for method output_type
-	77,  // [77:102] is the sub-list for method input_type
-	77,  // [77:77] is the sub-list for extension type_name
-	77,  // [77:77] is the sub-list for extension extendee
-	0,   // [0:77] is the sub-list for field type_name
+	68,  // 6: agent.v1.Parcel.left:type_name -> google.protobuf.Duration
+	68,  // 7: agent.v1.DepartRequest.grace:type_name -> google.protobuf.Duration
+	68,  // 8: agent.v1.DepartRequest.deadline:type_name -> google.protobuf.Duration
+	8,   // 9: agent.v1.DepartResponse.parcel:type_name -> agent.v1.Parcel
+	62,  // 10: agent.v1.DepartResponse.load:type_name -> agent.v1.Load
+	8,   // 11: agent.v1.ReceiveRequest.parcel:type_name -> agent.v1.Parcel
+	3,   // 12: agent.v1.ReceiveRequest.peers:type_name -> agent.v1.Peer
+	40,  // 13: agent.v1.ReceiveResponse.sandbox:type_name -> agent.v1.Sandbox
+	62,  // 14: agent.v1.ReceiveResponse.load:type_name -> agent.v1.Load
+	40,  // 15: agent.v1.ArriveResponse.sandbox:type_name -> agent.v1.Sandbox
+	62,  // 16: agent.v1.ArriveResponse.load:type_name -> agent.v1.Load
+	40,  // 17: agent.v1.ReturnResponse.sandbox:type_name -> agent.v1.Sandbox
+	62,  // 18: agent.v1.ReturnResponse.load:type_name -> agent.v1.Load
+	62,  // 19: agent.v1.ForgetResponse.load:type_name -> agent.v1.Load
+	0,   // 20: agent.v1.Checkpoint.kind:type_name -> agent.v1.CheckpointKind
+	39,  // 21: agent.v1.Checkpoint.resources:type_name -> agent.v1.Resources
+	69,  // 22: agent.v1.Checkpoint.created_at:type_name -> google.protobuf.Timestamp
+	22,  // 23: agent.v1.Checkpoint.guest:type_name -> agent.v1.GuestSettings
+	63,  // 24: agent.v1.GuestSettings.env:type_name -> agent.v1.GuestSettings.EnvEntry
+	0,   // 25: agent.v1.PauseRequest.kind:type_name -> agent.v1.CheckpointKind
+	40,  // 26: agent.v1.PauseResponse.sandbox:type_name -> agent.v1.Sandbox
+	62,  // 27: agent.v1.PauseResponse.load:type_name -> agent.v1.Load
+	68,  // 28: agent.v1.ResumeRequest.timeout:type_name -> google.protobuf.Duration
+	40,  // 29: agent.v1.ResumeResponse.sandbox:type_name -> agent.v1.Sandbox
+	62,  // 30: agent.v1.ResumeResponse.load:type_name -> agent.v1.Load
+	0,   // 31: agent.v1.SnapshotRequest.kind:type_name -> agent.v1.CheckpointKind
+	21,  // 32: agent.v1.SnapshotResponse.checkpoint:type_name -> agent.v1.Checkpoint
+	40,  // 33: agent.v1.RollbackResponse.sandbox:type_name -> agent.v1.Sandbox
+	62,  // 34: agent.v1.RollbackResponse.load:type_name -> agent.v1.Load
+	22,  // 35: agent.v1.PushRequest.guest:type_name -> agent.v1.GuestSettings
+	39,  // 36: agent.v1.PushRequest.resources:type_name -> agent.v1.Resources
+	1,   // 37: agent.v1.Sandbox.state:type_name -> agent.v1.State
+	39,  // 38: agent.v1.Sandbox.resources:type_name -> agent.v1.Resources
+	64,  // 39: agent.v1.Sandbox.metadata:type_name -> agent.v1.Sandbox.MetadataEntry
+	69,  // 40: agent.v1.Sandbox.started_at:type_name -> google.protobuf.Timestamp
+	69,  // 41: agent.v1.Sandbox.end_at:type_name -> google.protobuf.Timestamp
+	69,  // 42: agent.v1.Sandbox.ended_at:type_name -> google.protobuf.Timestamp
+	0,   // 43: agent.v1.Sandbox.auto_pause_kind:type_name -> agent.v1.CheckpointKind
+	69,  // 44: agent.v1.Sandbox.paused_at:type_name -> google.protobuf.Timestamp
+	0,   // 45: agent.v1.Sandbox.paused_kind:type_name -> agent.v1.CheckpointKind
+	68,  // 46: agent.v1.Sandbox.timeout:type_name -> google.protobuf.Duration
+	39,  // 47: agent.v1.CreateRequest.resources:type_name -> agent.v1.Resources
+	65,  // 48: agent.v1.CreateRequest.metadata:type_name -> agent.v1.CreateRequest.MetadataEntry
+	66,  // 49: agent.v1.CreateRequest.env:type_name -> agent.v1.CreateRequest.EnvEntry
+	68,  // 50: agent.v1.CreateRequest.timeout:type_name -> google.protobuf.Duration
+	22,  // 51: agent.v1.CreateRequest.guest:type_name -> agent.v1.GuestSettings
+	0,   // 52: agent.v1.CreateRequest.auto_pause_kind:type_name -> agent.v1.CheckpointKind
+	3,   // 53: agent.v1.CreateRequest.peers:type_name -> agent.v1.Peer
+	40,  // 54: agent.v1.CreateResponse.sandbox:type_name -> agent.v1.Sandbox
+	62,  // 55: agent.v1.CreateResponse.load:type_name -> agent.v1.Load
+	40,  // 56: agent.v1.GetResponse.sandbox:type_name -> agent.v1.Sandbox
+	68,  // 57: agent.v1.SetTimeoutRequest.timeout:type_name -> google.protobuf.Duration
+	40,  // 58: agent.v1.SetTimeoutResponse.sandbox:type_name -> agent.v1.Sandbox
+	69,  // 59: agent.v1.MetricsRequest.start:type_name -> google.protobuf.Timestamp
+	69,  // 60: agent.v1.MetricsRequest.end:type_name -> google.protobuf.Timestamp
+	69,  // 61: agent.v1.MetricSample.time:type_name -> google.protobuf.Timestamp
+	50,  // 62: agent.v1.MetricsResponse.samples:type_name -> agent.v1.MetricSample
+	69,  // 63: agent.v1.LogsRequest.start:type_name -> google.protobuf.Timestamp
+	69,  // 64: agent.v1.LogEntry.time:type_name -> google.protobuf.Timestamp
+	67,  // 65: agent.v1.LogEntry.fields:type_name -> agent.v1.LogEntry.FieldsEntry
+	53,  // 66: agent.v1.LogsResponse.entries:type_name -> agent.v1.LogEntry
+	22,  // 67: agent.v1.BuildRequest.base_guest:type_name -> agent.v1.GuestSettings
+	56,  // 68: agent.v1.BuildRequest.steps:type_name -> agent.v1.BuildStep
+	39,  // 69: agent.v1.BuildRequest.resources:type_name -> agent.v1.Resources
+	68,  // 70: agent.v1.GetBuildRequest.wait:type_name -> google.protobuf.Duration
+	2,   // 71: agent.v1.GetBuildResponse.state:type_name -> agent.v1.BuildState
+	53,  // 72: agent.v1.GetBuildResponse.entries:type_name -> agent.v1.LogEntry
+	22,  // 73: agent.v1.GetBuildResponse.guest:type_name -> agent.v1.GuestSettings
+	21,  // 74: agent.v1.GetBuildResponse.checkpoint:type_name -> agent.v1.Checkpoint
+	39,  // 75: agent.v1.GetBuildResponse.resources:type_name -> agent.v1.Resources
+	39,  // 76: agent.v1.Load.capacity:type_name -> agent.v1.Resources
+	39,  // 77: agent.v1.Load.allocated:type_name -> agent.v1.Resources
+	41,  // 78: agent.v1.AgentService.Create:input_type -> agent.v1.CreateRequest
+	43,  // 79: agent.v1.AgentService.Get:input_type -> agent.v1.GetRequest
+	45,  // 80: agent.v1.AgentService.Kill:input_type -> agent.v1.KillRequest
+	47,  // 81: agent.v1.AgentService.SetTimeout:input_type -> agent.v1.SetTimeoutRequest
+	49,  // 82: agent.v1.AgentService.Metrics:input_type -> agent.v1.MetricsRequest
+	52,  // 83: agent.v1.AgentService.Logs:input_type -> agent.v1.LogsRequest
+	55,  // 84: agent.v1.AgentService.Build:input_type -> agent.v1.BuildRequest
+	58,  // 85: agent.v1.AgentService.GetBuild:input_type -> agent.v1.GetBuildRequest
+	33,  // 86: agent.v1.AgentService.CancelBuild:input_type -> agent.v1.CancelBuildRequest
+	35,  // 87: agent.v1.AgentService.PutFile:input_type -> agent.v1.PutFileRequest
+	37,  // 88: agent.v1.AgentService.Push:input_type -> agent.v1.PushRequest
+	60,  // 89: agent.v1.AgentService.RemoveTemplate:input_type -> agent.v1.RemoveTemplateRequest
+	23,  // 90: agent.v1.AgentService.Pause:input_type -> agent.v1.PauseRequest
+	25,  // 91: agent.v1.AgentService.Resume:input_type -> agent.v1.ResumeRequest
+	27,  // 92: agent.v1.AgentService.Snapshot:input_type -> agent.v1.SnapshotRequest
+	29,  // 93: agent.v1.AgentService.Rollback:input_type -> agent.v1.RollbackRequest
+	31,  // 94: agent.v1.AgentService.RemoveCheckpoint:input_type -> agent.v1.RemoveCheckpointRequest
+	4,   // 95: agent.v1.AgentService.Fetch:input_type -> agent.v1.FetchRequest
+	6,   // 96: agent.v1.AgentService.Store:input_type -> agent.v1.StoreRequest
+	9,   // 97: agent.v1.AgentService.Depart:input_type -> agent.v1.DepartRequest
+	11,  // 98: agent.v1.AgentService.Receive:input_type -> agent.v1.ReceiveRequest
+	13,  // 99: agent.v1.AgentService.Arrive:input_type -> agent.v1.ArriveRequest
+	15,  // 100: agent.v1.AgentService.Return:input_type -> agent.v1.ReturnRequest
+	17,  // 101: agent.v1.AgentService.Forget:input_type -> agent.v1.ForgetRequest
+	19,  // 102: agent.v1.AgentService.Guard:input_type -> agent.v1.GuardRequest
+	42,  // 103: agent.v1.AgentService.Create:output_type -> agent.v1.CreateResponse
+	44,  // 104: agent.v1.AgentService.Get:output_type -> agent.v1.GetResponse
+	46,  // 105: agent.v1.AgentService.Kill:output_type -> agent.v1.KillResponse
+	48,  // 106: agent.v1.AgentService.SetTimeout:output_type -> agent.v1.SetTimeoutResponse
+	51,  // 107: agent.v1.AgentService.Metrics:output_type -> agent.v1.MetricsResponse
+	54,  // 108: agent.v1.AgentService.Logs:output_type -> agent.v1.LogsResponse
+	57,  // 109: agent.v1.AgentService.Build:output_type -> agent.v1.BuildResponse
+	59,  // 110: agent.v1.AgentService.GetBuild:output_type -> agent.v1.GetBuildResponse
+	34,  // 111: agent.v1.AgentService.CancelBuild:output_type -> agent.v1.CancelBuildResponse
+	36,  // 112: agent.v1.AgentService.PutFile:output_type -> agent.v1.PutFileResponse
+	38,  // 113: agent.v1.AgentService.Push:output_type -> agent.v1.PushResponse
+	61,  // 114: agent.v1.AgentService.RemoveTemplate:output_type -> agent.v1.RemoveTemplateResponse
+	24,  // 115: agent.v1.AgentService.Pause:output_type -> agent.v1.PauseResponse
+	26,  // 116: agent.v1.AgentService.Resume:output_type -> agent.v1.ResumeResponse
+	28,  // 117: agent.v1.AgentService.Snapshot:output_type -> agent.v1.SnapshotResponse
+	30,  // 118: agent.v1.AgentService.Rollback:output_type -> agent.v1.RollbackResponse
+	32,  // 119: agent.v1.AgentService.RemoveCheckpoint:output_type -> agent.v1.RemoveCheckpointResponse
+	5,   // 120: agent.v1.AgentService.Fetch:output_type -> agent.v1.FetchResponse
+	7,   // 121: agent.v1.AgentService.Store:output_type -> agent.v1.StoreResponse
+	10,  // 122: agent.v1.AgentService.Depart:output_type -> agent.v1.DepartResponse
+	12,  // 123: agent.v1.AgentService.Receive:output_type -> agent.v1.ReceiveResponse
+	14,  // 124: agent.v1.AgentService.Arrive:output_type -> agent.v1.ArriveResponse
+	16,  // 125: agent.v1.AgentService.Return:output_type -> agent.v1.ReturnResponse
+	18,  // 126: agent.v1.AgentService.Forget:output_type -> agent.v1.ForgetResponse
+	20,  // 127: agent.v1.AgentService.Guard:output_type -> agent.v1.GuardResponse
+	103, // [103:128] is the sub-list for method output_type
+	78,  // [78:103] is the sub-list for method input_type
+	78,  // [78:78] is the sub-list for extension type_name
+	78,  // [78:78] is the sub-list for extension extendee
+	0,   // [0:78] is the sub-list for field type_name
 }
 
 func init() { file_agent_v1_agent_proto_init() }

@@ -314,8 +314,10 @@ type ReportRequest struct {
 	Busy []string `protobuf:"bytes,6,rep,name=busy,proto3" json:"busy,omitempty"`
 	// Of the refusals that the node has; empty for none.
 	RefusalsVersion string `protobuf:"bytes,7,opt,name=refusals_version,json=refusalsVersion,proto3" json:"refusals_version,omitempty"`
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	// What the node's clock shows, by which the ends of its sandboxes are meant.
+	Time          *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=time,proto3" json:"time,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ReportRequest) Reset() {
@@ -395,6 +397,13 @@ func (x *ReportRequest) GetRefusalsVersion() string {
 		return x.RefusalsVersion
 	}
 	return ""
+}
+
+func (x *ReportRequest) GetTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Time
+	}
+	return nil
 }
 
 // Refusal is a certificate that is worthless before its end.
@@ -634,7 +643,7 @@ const file_node_v1_node_proto_rawDesc = "" +
 	"\x10RegisterResponse\x12\x14\n" +
 	"\x05epoch\x18\x01 \x01(\x03R\x05epoch\x12!\n" +
 	"\ftoken_secret\x18\x02 \x01(\fR\vtokenSecret\x123\n" +
-	"\x15acknowledged_sequence\x18\x03 \x01(\x03R\x14acknowledgedSequence\"\xe0\x01\n" +
+	"\x15acknowledged_sequence\x18\x03 \x01(\x03R\x14acknowledgedSequence\"\x90\x02\n" +
 	"\rReportRequest\x12\x17\n" +
 	"\anode_id\x18\x01 \x01(\tR\x06nodeId\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\x03R\x05epoch\x12)\n" +
@@ -642,7 +651,8 @@ const file_node_v1_node_proto_rawDesc = "" +
 	"\x04load\x18\x04 \x01(\v2\x0e.agent.v1.LoadR\x04load\x12\x12\n" +
 	"\x04full\x18\x05 \x01(\bR\x04full\x12\x12\n" +
 	"\x04busy\x18\x06 \x03(\tR\x04busy\x12)\n" +
-	"\x10refusals_version\x18\a \x01(\tR\x0frefusalsVersion\"9\n" +
+	"\x10refusals_version\x18\a \x01(\tR\x0frefusalsVersion\x12.\n" +
+	"\x04time\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\x04time\"9\n" +
 	"\aRefusal\x12\x16\n" +
 	"\x06member\x18\x01 \x01(\tR\x06member\x12\x16\n" +
 	"\x06serial\x18\x02 \x01(\tR\x06serial\"\x95\x01\n" +
@@ -696,19 +706,20 @@ var file_node_v1_node_proto_depIdxs = []int32{
 	8,  // 3: node.v1.RegisterRequest.machine:type_name -> agent.v1.Resources
 	5,  // 4: node.v1.ReportRequest.changes:type_name -> node.v1.Change
 	9,  // 5: node.v1.ReportRequest.load:type_name -> agent.v1.Load
-	10, // 6: node.v1.Change.time:type_name -> google.protobuf.Timestamp
-	11, // 7: node.v1.Change.sandbox:type_name -> agent.v1.Sandbox
-	12, // 8: node.v1.ReportResponse.decides:type_name -> google.protobuf.Duration
-	4,  // 9: node.v1.ReportResponse.refusals:type_name -> node.v1.Refusal
-	0,  // 10: node.v1.NodeService.Register:input_type -> node.v1.RegisterRequest
-	3,  // 11: node.v1.NodeService.Report:input_type -> node.v1.ReportRequest
-	2,  // 12: node.v1.NodeService.Register:output_type -> node.v1.RegisterResponse
-	6,  // 13: node.v1.NodeService.Report:output_type -> node.v1.ReportResponse
-	12, // [12:14] is the sub-list for method output_type
-	10, // [10:12] is the sub-list for method input_type
-	10, // [10:10] is the sub-list for extension type_name
-	10, // [10:10] is the sub-list for extension extendee
-	0,  // [0:10] is the sub-list for field type_name
+	10, // 6: node.v1.ReportRequest.time:type_name -> google.protobuf.Timestamp
+	10, // 7: node.v1.Change.time:type_name -> google.protobuf.Timestamp
+	11, // 8: node.v1.Change.sandbox:type_name -> agent.v1.Sandbox
+	12, // 9: node.v1.ReportResponse.decides:type_name -> google.protobuf.Duration
+	4,  // 10: node.v1.ReportResponse.refusals:type_name -> node.v1.Refusal
+	0,  // 11: node.v1.NodeService.Register:input_type -> node.v1.RegisterRequest
+	3,  // 12: node.v1.NodeService.Report:input_type -> node.v1.ReportRequest
+	2,  // 13: node.v1.NodeService.Register:output_type -> node.v1.RegisterResponse
+	6,  // 14: node.v1.NodeService.Report:output_type -> node.v1.ReportResponse
+	13, // [13:15] is the sub-list for method output_type
+	11, // [11:13] is the sub-list for method input_type
+	11, // [11:11] is the sub-list for extension type_name
+	11, // [11:11] is the sub-list for extension extendee
+	0,  // [0:11] is the sub-list for field type_name
 }
 
 func init() { file_node_v1_node_proto_init() }
