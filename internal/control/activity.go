@@ -26,17 +26,23 @@ type activity struct {
 	// all means that it is known which proxies there are.
 	all     bool
 	proxies map[string]*proxyUse
+	// listed are the proxies that this server dials.
+	listed []*listedProxy
+	// told is closed with the next report; nil where nobody waits for one.
+	told chan struct{}
 }
 
 // proxyUse is what one proxy has reported.
 type proxyUse struct {
 	// there means that the proxy has a record: what it does not report is missing.
 	there bool
-	// heard is when it last reported; zero: it has not.
-	heard    time.Time
-	sequence int64
-	self     proxySelf
-	uses     map[sandbox.ID]sandbox.Activity
+	// listed means that this server dials the proxy, which has not left: likewise.
+	listed bool
+	// heard is when it last reported, asOf when what that says began to be gathered, as far as that is known; zero: it has not.
+	heard, asOf time.Time
+	sequence    int64
+	self        proxySelf
+	uses        map[sandbox.ID]sandbox.Activity
 }
 
 // proxySelf is what a proxy says of itself.
@@ -50,9 +56,17 @@ type proxySelf struct {
 	leaving bool
 }
 
-func newActivity(now time.Time, all bool) *activity {
-	return &activity{started: now, all: all, proxies: make(map[string]*proxyUse)}
+// newActivity returns an activity that knows of no proxy but those at the addresses that this server dials.
+func newActivity(now time.Time, all bool, listed []string) *activity {
+	a := &activity{started: now, all: all, proxies: make(map[string]*proxyUse)}
+	for _, address := range listed {
+		a.listed = append(a.listed, &listedProxy{address: address})
+	}
+	return a
 }
+
+// expected reports whether what the proxy does not report is missing.
+func (p *proxyUse) expected() bool { return p.there || p.listed }
 
 // loaded notes that every proxy that is there is known.
 func (a *activity) loaded() {
@@ -80,6 +94,27 @@ func (a *activity) self(proxy string, says proxySelf) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.ofLocked(proxy).self = says
+	if says.leaving {
+		a.awayLocked(proxy)
+	}
+	a.tellLocked()
+}
+
+// news returns what is closed with the next report.
+func (a *activity) news() <-chan struct{} {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.told == nil {
+		a.told = make(chan struct{})
+	}
+	return a.told
+}
+
+func (a *activity) tellLocked() {
+	if a.told != nil {
+		close(a.told)
+		a.told = nil
+	}
 }
 
 // each calls f with every proxy that is there or has reported lately.
@@ -104,12 +139,15 @@ func (a *activity) ofLocked(proxy string) *proxyUse {
 func (a *activity) forget(proxy string) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	a.awayLocked(proxy)
 	delete(a.proxies, proxy)
 }
 
-// report takes a proxy's report and returns the number up to which its reports are known: another than the report's
+// report takes a proxy's report, which was gathered from asOf on, and returns the number up to which its reports are known: another than the report's
 // where one before it is missing, so that the next must be full.
-func (a *activity) report(proxy string, sequence int64, full bool, all []sandbox.Activity) int64 {
+//
+//nolint:revive // a report is made of these
+func (a *activity) report(proxy string, asOf time.Time, sequence int64, full bool, all []sandbox.Activity) int64 {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	now := time.Now()
@@ -132,7 +170,7 @@ func (a *activity) report(proxy string, sequence int64, full bool, all []sandbox
 		}
 		p.uses[u.ID] = u
 	}
-	p.heard, p.sequence = now, sequence
+	p.heard, p.asOf, p.sequence = now, asOf, sequence
 	return sequence
 }
 
@@ -145,13 +183,16 @@ func (a *activity) of(id sandbox.ID, now time.Time) (open int, last time.Time, c
 	complete = a.all && now.Sub(a.started) >= reportWithin
 	for _, p := range a.proxies {
 		u, heard := p.uses[id], now.Sub(p.heard) <= reportWithin
-		if heard || p.there {
+		if heard || p.expected() {
 			open += u.Open
 		}
 		if u.Last.After(last) {
 			last = u.Last
 		}
-		complete = complete && (heard || !p.there)
+		complete = complete && (heard || !p.expected())
+	}
+	for _, l := range a.listed {
+		complete = complete && l.heard(a, now)
 	}
 	return open, last, complete
 }
@@ -162,7 +203,7 @@ func (a *activity) prune(now time.Time, known func(sandbox.ID) bool) (past []san
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	maps.DeleteFunc(a.proxies, func(_ string, p *proxyUse) bool {
-		if p.there || now.Sub(p.heard) <= reportWithin {
+		if p.expected() || now.Sub(p.heard) <= reportWithin {
 			return false
 		}
 		past = slices.AppendSeq(past, maps.Values(p.uses))
@@ -202,7 +243,7 @@ func (c *Control) RunProxy(ctx context.Context, p LocalProxy) error {
 	var since time.Time
 	for sequence := int64(1); ; sequence++ {
 		now := time.Now()
-		c.activity.report(localProxy, sequence, sequence == 1, p.Activities(since))
+		c.activity.report(localProxy, now, sequence, sequence == 1, p.Activities(since))
 		connections, requests := p.Open()
 		c.activity.self(localProxy, proxySelf{connections: connections, requests: requests})
 		since = now

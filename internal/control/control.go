@@ -148,6 +148,9 @@ type Config struct {
 	CertificateGrace time.Duration
 	// Presences keeps which proxies there are; without it only those count that report.
 	Presences presences
+	// Listed are the addresses of the proxies that this server dials, as ProxyReached is told of them; nothing counts as idle
+	// before each of them was heard.
+	Listed []string
 	// Random picks the scheduler's samples; nil means one seeded by the system. It is called by one goroutine at a time.
 	Random scheduler.Source
 	// UploadDir is where the files are kept that builds copy from; it is made with the first of them.
@@ -240,7 +243,7 @@ func New(ctx context.Context, cfg Config) (*Control, error) {
 		builds:  newBuilds(limits.MaxBuilds),
 		uploads: newUploads(cfg.UploadDir, limits.MaxUpload, limits.MaxUploads),
 		finder:  newFinder(),
-		routes:  newRouteLog(), wakes: newWakes(), activity: newActivity(time.Now(), cfg.Presences == nil),
+		routes:  newRouteLog(), wakes: newWakes(), activity: newActivity(time.Now(), cfg.Presences == nil, cfg.Listed),
 		ends:       newEndings(),
 		attendance: newAttendance(), presences: cfg.Presences,
 		sweeps:  make(chan roll, maxSweeps),

@@ -16,10 +16,8 @@ import (
 const (
 	// endsAtOnce is how many ends one node carries out at once, so that creates there are not starved.
 	endsAtOnce = 16
-	// calmEvery is how often it is looked whether every proxy has reported.
-	calmEvery = 20 * time.Millisecond
-	// gathering is more than it takes to gather a report: what is reported was so at most so long before.
-	gathering = 5 * time.Millisecond
+	// calmPace is the least time between two looks at whether every proxy has reported: many may at once.
+	calmPace = time.Millisecond
 )
 
 // endings is what is known, beside the index and what proxies report, for the decision about sandboxes' ends. Its mutex comes
@@ -279,17 +277,28 @@ func (c *Control) heldBack(h held, reason string) (done func()) {
 }
 
 // calm returns nil once every proxy holds back new requests for a sandbox and has reported after that, and none is open.
-// Errors: ErrConflict where it is in use, ErrUnavailable where a proxy does not report in time.
+// Proxies that have joined report at once where they hear that a sandbox is to pause. Errors: ErrConflict where it is in use,
+// ErrUnavailable where a proxy does not report in time.
 func (c *Control) calm(ctx context.Context, box sandbox.Sandbox) error {
 	began, version := time.Now(), c.routes.now()
 	ctx, cancel := context.WithTimeout(ctx, reportWithin)
 	defer cancel()
-	for !c.activity.allSince(began, c.routes.table, version) {
-		select {
-		case c.ends.ask <- struct{}{}:
-		default:
+	for {
+		news := c.activity.news()
+		local, all := c.activity.allSince(began, c.routes.table, version)
+		if all {
+			break
 		}
-		if pause(ctx, calmEvery); ctx.Err() != nil {
+		if !local {
+			select {
+			case c.ends.ask <- struct{}{}:
+			default:
+			}
+		}
+		select {
+		case <-news:
+			pause(ctx, calmPace)
+		case <-ctx.Done():
 			return sandbox.Unavailablef("sandbox %s: not every proxy has said whether it is in use", box.ID)
 		}
 		if open, _, _ := c.Activity(box.ID); open > 0 {
@@ -303,18 +312,24 @@ func (c *Control) calm(ctx context.Context, box sandbox.Sandbox) error {
 	return nil
 }
 
-// allSince reports whether every proxy that is there has reported after a moment, and follows the routes up to a version.
-func (a *activity) allSince(moment time.Time, table string, version int64) bool {
+// allSince reports whether every proxy that is there has reported after a moment, and follows the routes up to a version; local
+// does of that of this process, which reads the index itself.
+func (a *activity) allSince(moment time.Time, table string, version int64) (local, all bool) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	local, all = true, true
 	for id, p := range a.proxies {
 		switch {
-		case id == localProxy && p.heard.Sub(moment) > gathering: // it reads the index itself
-		case id != localProxy && !p.there && time.Since(p.heard) > reportWithin:
-		case id != localProxy && p.heard.After(moment) && p.self.table == table && p.self.at >= version:
+		case id == localProxy:
+			local = p.asOf.After(moment)
+		case !p.expected() && time.Since(p.heard) > reportWithin:
+		case p.heard.After(moment) && p.self.table == table && p.self.at >= version:
 		default:
-			return false
+			all = false
 		}
 	}
-	return true
+	for _, l := range a.listed {
+		all = all && (l.id != "" || l.away)
+	}
+	return local, local && all
 }

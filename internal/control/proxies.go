@@ -46,6 +46,8 @@ const (
 	ProxyLeaving = "leaving"
 	// ProxySilent does not report; it may go on with what it has.
 	ProxySilent = "silent"
+	// ProxyUnreachable is one that the server dials and that does not answer; it may go on with what it has.
+	ProxyUnreachable = "unreachable"
 	// ProxyAbsent has joined, and is not there.
 	ProxyAbsent = "absent"
 )
@@ -318,6 +320,7 @@ func (c *Control) ListProxies(ctx context.Context) ([]Proxy, error) {
 			known[id] = c.withUse(p, id, u, now, latest)
 		}
 	})
+	c.withMissing(known, now)
 	return slices.SortedFunc(maps.Values(known), func(a, b Proxy) int {
 		return cmp.Or(cmp.Compare(a.Name, b.Name), cmp.Compare(a.ID, b.ID))
 	}), nil

@@ -3,6 +3,7 @@ package control
 import (
 	"context"
 	"fmt"
+	"time"
 
 	"connectrpc.com/connect"
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -110,7 +111,7 @@ func (s *routeService) Report(ctx context.Context, req *proxyv1.ReportRequest) (
 		}
 		all = append(all, sandbox.Activity{ID: id, Open: int(w.GetOpen()), Last: timeFromWire(w.GetLast())})
 	}
-	acknowledged := s.control.activity.report(proxy, req.GetSequence(), req.GetFull(), all)
+	acknowledged := s.control.activity.report(proxy, time.Time{}, req.GetSequence(), req.GetFull(), all)
 	if err := s.control.noteProxy(ctx, proxy, req); err != nil {
 		return nil, toNode(err)
 	}
