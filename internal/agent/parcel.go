@@ -3,6 +3,8 @@ package agent
 import (
 	"time"
 
+	"google.golang.org/protobuf/types/known/durationpb"
+
 	agentv1 "github.com/cloister-dev/cloister/internal/gen/agent/v1"
 	"github.com/cloister-dev/cloister/internal/journal"
 	"github.com/cloister-dev/cloister/internal/sandbox"
@@ -16,8 +18,12 @@ func (a *Agent) parcelOf(in *instance) (*agentv1.Parcel, error) {
 	if err != nil {
 		return nil, err
 	}
+	var left *durationpb.Duration
+	if r.Runs && !r.EndAt.IsZero() {
+		left = durationpb.New(r.EndAt.Sub(now()))
+	}
 	return &agentv1.Parcel{
-		Sandbox: toWireSandbox(&r.Sandbox), ImageDigest: r.ImageDigest, Checkpoint: toWireCheckpoint(&m),
+		Left: left, Sandbox: toWireSandbox(&r.Sandbox), ImageDigest: r.ImageDigest, Checkpoint: toWireCheckpoint(&m),
 		Guest:   &agentv1.GuestSettings{Env: r.Guest.Env, User: r.Guest.User, Workdir: r.Guest.WorkDir},
 		TokenOf: string(r.TokenOf), IdempotencyKey: r.IdempotencyKey, Source: r.Source, Running: r.Runs,
 	}, nil
@@ -32,6 +38,10 @@ func (a *Agent) fromWireParcel(p *agentv1.Parcel, generation int64) (*journal.Re
 	}
 	r.NodeID, r.State, r.Received, r.Generation, r.Deadline = a.node, sandbox.StateMigrating, true, generation, now().Add(moveDeadline)
 	r.Reason, r.EndedAt = "", time.Time{}
+	if left := p.GetLeft(); left != nil {
+		r.EndAt = now().Add(left.AsDuration())
+	}
+	r.Clock = a.clock.reading()
 	r.Checkpoint, r.ImageDigest = c.GetId(), p.GetImageDigest()
 	r.PausedKind, r.PausedBytes = fromWireKind(c.GetKind()), c.GetBytes()
 	if r.PausedAt.IsZero() {

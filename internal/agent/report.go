@@ -191,7 +191,9 @@ func (a *reporter) acknowledge(ctx context.Context, n int64) error {
 // nextReport makes the next report, and says up to which change it tells everything.
 func (a *reporter) nextReport(ctx context.Context, reg *registration) (req *nodev1.ReportRequest, last int64, err error) {
 	l := a.journal.Ledger()
-	req = &nodev1.ReportRequest{NodeId: string(a.node), Epoch: reg.epoch, Load: toWireLoad(&l, a.used.now()), Busy: a.busyBoxes()}
+	req = &nodev1.ReportRequest{
+		NodeId: string(a.node), Epoch: reg.epoch, Load: toWireLoad(&l, a.used.now()), Busy: a.busyBoxes(), Time: toWireTime(now()),
+	}
 	if !reg.full {
 		changes, complete, err := a.journal.Changes(ctx, reg.acked, maxReport)
 		if err != nil {

@@ -264,7 +264,7 @@ func broken(err error) bool {
 
 // learn indexes a node's answer and returns it.
 func (c *Control) learn(node sandbox.NodeID, w *agentv1.Sandbox) (sandbox.Sandbox, error) {
-	box, err := sandboxFromWire(node, w)
+	box, err := c.boxFromWire(node, w)
 	if err != nil {
 		return sandbox.Sandbox{}, fmt.Errorf("read the answer of node %s: %w", node, err)
 	}

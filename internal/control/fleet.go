@@ -107,13 +107,15 @@ type fleet struct {
 	homes *homes
 	// turns are the changes of state that nobody was told of yet.
 	turns []turn
+	// clocks has a mutex of its own.
+	clocks *clocks
 }
 
 func newFleet(policy scheduler.Policy, random scheduler.Source, limits Limits) *fleet {
 	return &fleet{
 		policy: policy, configured: policy, random: random, limits: limits,
 		members: make(map[sandbox.NodeID]*member), at: make(map[sandbox.NodeID]int), homes: newHomes(),
-		having: make(map[string]map[sandbox.NodeID]struct{}),
+		having: make(map[string]map[sandbox.NodeID]struct{}), clocks: newClocks(),
 	}
 }
 
@@ -132,7 +134,7 @@ func (f *fleet) register(n sandbox.Node, images []string, now time.Time) (sandbo
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.epoch = max(f.epoch+1, now.UnixNano())
-	n.RegisteredAt, n.State = now, sandbox.NodeReady
+	n.RegisteredAt, n.State = now.UTC(), sandbox.NodeReady
 	m := &member{
 		record: n, machine: n.Origin(), state: sandbox.NodeReady, stateAt: now, epoch: f.epoch, lastSeen: time.Now(), load: Load{Capacity: n.Capacity},
 	}

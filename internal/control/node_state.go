@@ -138,7 +138,7 @@ func (m *member) label() {
 func (f *fleet) node(m *member, now time.Time) Node {
 	n := Node{
 		Node: m.record, Allocated: m.load.Allocated, Sandboxes: m.load.Sandboxes, Creating: m.load.Creating,
-		Warm: m.load.Warm, LastSeenAt: m.lastSeen.UTC(), Settings: m.settings.Clone(), StateAt: m.stateAt,
+		Warm: m.load.Warm, LastSeenAt: m.lastSeen.UTC(), Settings: m.settings.Clone(), StateAt: m.stateAt.UTC(),
 		Failures: m.failures.Now(now, f.halfLife()), UsedCPU: m.load.UsedCPU, UsedMemory: m.load.UsedMemory, UsedDisk: m.load.UsedDisk,
 	}
 	n.Capacity, n.State, n.Labels = m.load.Capacity, m.state, maps.Clone(m.labels)

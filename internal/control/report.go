@@ -27,7 +27,7 @@ func (c *Control) Register(ctx context.Context, req *nodev1.RegisterRequest) (*n
 	if err != nil {
 		return nil, toNode(err)
 	}
-	now := time.Now().UTC()
+	now := time.Now()
 	n, epoch := c.fleet.register(n, slices.Concat(req.GetImageDigests(), req.GetCheckpointIds()), now)
 	if err := c.nodes.PutNode(ctx, n); err != nil {
 		return nil, toNode(fmt.Errorf("record node %s: %w", n.ID, err))
@@ -72,7 +72,7 @@ func (c *Control) Report(ctx context.Context, req *nodev1.ReportRequest) (*nodev
 	if err := c.checkNode(ctx, req.GetNodeId()); err != nil {
 		return nil, toNode(err)
 	}
-	node, now := sandbox.NodeID(req.GetNodeId()), time.Now().UTC()
+	node, now := sandbox.NodeID(req.GetNodeId()), time.Now()
 	back, err := c.fleet.heard(node, req.GetEpoch(), req.GetLoad(), now)
 	if err != nil {
 		return nil, toNode(err)
@@ -81,17 +81,18 @@ func (c *Control) Report(ctx context.Context, req *nodev1.ReportRequest) (*nodev
 		c.revive(ctx, node)
 	}
 	node = sandbox.NodeID(shared(string(node)))
+	c.followClock(ctx, node, timeFromWire(req.GetTime()), now)
 	var last int64
 	events := make([]Event, 0, len(req.GetChanges()))
 	named := make(map[sandbox.ID]struct{}, len(req.GetChanges()))
 	for _, change := range req.GetChanges() {
-		box, err := sandboxFromWire(node, change.GetSandbox())
+		box, err := c.boxFromWire(node, change.GetSandbox())
 		if err != nil {
 			return nil, toNode(fmt.Errorf("change %d: %w", change.GetSequence(), err))
 		}
 		named[box.ID] = struct{}{}
 		c.take(change.GetType(), &entry{box: box, sequence: change.GetSequence(), epoch: req.GetEpoch()}, now)
-		events = append(events, changeEvent(change, box, now))
+		events = append(events, changeEvent(change, box, now.UTC()))
 		last = max(last, change.GetSequence())
 	}
 	if req.GetFull() {
@@ -101,7 +102,7 @@ func (c *Control) Report(ctx context.Context, req *nodev1.ReportRequest) (*nodev
 			_, ok := named[id]
 			return ok || c.index.madeUnder(id, node, req.GetEpoch())
 		})
-		events = append(events, c.markMissing(node, req.GetEpoch(), named, now)...)
+		events = append(events, c.markMissing(node, req.GetEpoch(), named, now.UTC())...)
 	}
 	if len(events) > 0 {
 		if err := c.history.Append(ctx, events); err != nil {
@@ -137,13 +138,12 @@ func (c *Control) take(change string, e *entry, now time.Time) {
 	box := &e.box
 	if change == "forgotten" {
 		c.strays.resolve(box.ID, box.NodeID)
-		c.strays.forgotten(box.ID, box.NodeID)
 		if c.limits.OneNode {
 			c.index.apply(&entry{box: givenUp(box), sequence: e.sequence, epoch: e.epoch}, now)
 		}
 		return
 	}
-	if !box.State.Ended() && (c.noted.doomed(box.ID) || box.Received || c.noted.outdated(box)) {
+	if !box.State.Ended() && (c.noted.doomed(box.ID) || box.Received || c.noted.outdated(box) || c.index.isFinal(box.ID)) {
 		c.strays.add(*box, now)
 		return
 	}

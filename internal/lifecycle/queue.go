@@ -42,6 +42,14 @@ func (q *queue) drop(id sandbox.ID) {
 	}
 }
 
+// hasten makes everything due by now.
+func (q *queue) hasten(now time.Time) {
+	for _, e := range q.order {
+		e.due = now
+	}
+	heap.Init(&q.order)
+}
+
 // take removes up to n entries that are due, the earliest first.
 func (q *queue) take(now time.Time, n int) []entry {
 	var out []entry

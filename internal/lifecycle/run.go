@@ -24,6 +24,8 @@ const (
 	defaultAtOnce = 512
 	// idleTick bounds how long the loop sleeps, so that a clock that was set does not stop it.
 	idleTick = 10 * time.Second
+	// jumpMin is how far the clock must have jumped for all that waits to be looked at anew.
+	jumpMin = 2 * time.Second
 	// actTimeout bounds one decision's carrying out.
 	actTimeout = time.Minute
 	// maxBackoff bounds the wait after a decision that could not be carried out.
@@ -55,6 +57,12 @@ type Loop struct {
 	policy  Policy
 	atOnce  int
 	wake    chan struct{} // of capacity 1
+	// read returns the wall clock and the one that nobody sets; last is what it returned last, which is Lead's.
+	read func() (wall time.Time, mono time.Duration)
+	last struct {
+		wall time.Time
+		mono time.Duration
+	}
 
 	mu    sync.Mutex
 	queue *queue
@@ -87,11 +95,15 @@ func New(cfg Config) *Loop {
 	if cfg.AtOnce <= 0 {
 		cfg.AtOnce = defaultAtOnce
 	}
-	return &Loop{
+	born := time.Now()
+	l := &Loop{
+		read:    func() (time.Time, time.Duration) { t := time.Now(); return t.Round(0), t.Sub(born) },
 		cluster: cfg.Cluster, log: cfg.Log, policy: cfg.Policy.WithDefaults(), atOnce: cfg.AtOnce,
 		wake: make(chan struct{}, 1), queue: newQueue(), acting: make(map[sandbox.NodeID]int),
 		inHand: make(map[sandbox.ID]time.Time),
 	}
+	l.last.wall, l.last.mono = l.read()
+	return l
 }
 
 // Stats returns the counters.
@@ -174,7 +186,11 @@ func (l *Loop) sleep(now time.Time) time.Duration {
 func (l *Loop) step(ctx context.Context, g *errgroup.Group) bool {
 	now := time.Now()
 	l.stats.LastRun.Store(now.UnixNano())
+	jumped := l.jumped()
 	l.mu.Lock()
+	if jumped {
+		l.queue.hasten(now)
+	}
 	taken := l.queue.take(now, batch)
 	l.mu.Unlock()
 	if len(taken) == 0 {
@@ -197,6 +213,14 @@ func (l *Loop) step(ctx context.Context, g *errgroup.Group) bool {
 		}
 	}
 	return len(taken) == batch
+}
+
+// jumped reports whether the clock was set since the last call. When something is due may then be too late by the clock.
+func (l *Loop) jumped() bool {
+	wall, mono := l.read()
+	d := wall.Sub(l.last.wall) - (mono - l.last.mono)
+	l.last.wall, l.last.mono = wall, mono
+	return d.Abs() >= jumpMin
 }
 
 // dispatch has a decision carried out, or puts it off where the node has enough to do.

@@ -232,6 +232,29 @@ func TestRetries(t *testing.T) {
 	})
 }
 
+// What waits for a time by a clock that was set since is looked at anew.
+func TestClockSet(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		loop := New(Config{Cluster: w, Log: quiet()})
+		read, set := loop.read, time.Duration(0)
+		loop.read = func() (time.Time, time.Duration) {
+			wall, mono := read()
+			return wall.Add(set), mono
+		}
+		s := sandbox.Sandbox{ID: "a", NodeID: "n", State: sandbox.StateRunning, Generation: 1, EndAt: time.Now().Add(time.Minute)}
+		w.truth["a"], w.known["a"] = &s, s
+		loop.queue.set("a", time.Now().Add(time.Hour)) // as before the clock was set back by an hour
+		set = -time.Hour
+		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+		defer cancel()
+		loop.Lead(ctx)
+		if w.ended["a"] != 1 {
+			t.Errorf("ended %d times, want once", w.ended["a"])
+		}
+	})
+}
+
 // Ten thousand ends in one second are all carried out, and what is late is not later than it has to be.
 func TestManyAtOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/cloister-dev/cloister/internal/api"
 	"github.com/cloister-dev/cloister/internal/control"
@@ -31,6 +32,8 @@ type Cluster struct {
 	Decided *Decided
 	Agents  *Agents
 	Node    *Node
+	// Ahead is by how much nodes' clocks are ahead of the server's, as their reports say.
+	Ahead time.Duration
 
 	uploads string
 	epochs  map[sandbox.NodeID]int64
@@ -113,6 +116,7 @@ func (c *Cluster) Report(tb testing.TB, n *Node, full bool) error {
 	}
 	resp, err := c.Control.Report(tb.Context(), &nodev1.ReportRequest{
 		NodeId: string(n.ID), Epoch: c.epochs[n.ID], Changes: changes, Load: n.Load(), Full: full, Busy: n.Busy(),
+		Time: timestamppb.New(time.Now().Add(c.Ahead)),
 	})
 	if err == nil {
 		c.acked[n.ID] = resp.GetAcknowledgedSequence()
