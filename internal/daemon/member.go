@@ -35,6 +35,8 @@ type memberRole struct {
 	direct    net.Listener
 	listener  *link.Listener
 	advertise string
+	// awaits is where a proxy waits for servers; nil where this end dials.
+	awaits net.Listener
 	// refused is whom the listener lets in no more.
 	refused *refused
 }
@@ -49,13 +51,13 @@ func (d *daemon) buildMember(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	m := &memberRole{identity: id, choices: kept, log: d.log, refused: &refused{}}
+	m := &memberRole{identity: id, choices: kept, log: d.log, refused: openRefused(d.cfg.DataDir, d.log)}
 	id.Denied = m.refused.denied
 	m.refused.onNews = m.dropGone
 	handlers := d.memberHandlers(role)
 	m.link = link.New(link.Config{
 		Self: id.Member(), Servers: m.servers, Handlers: handlers, Logger: d.log,
-		TLS: id.ClientTLS, OnUp: func(string) { d.nudge() },
+		TLS: id.ClientTLS, AwaitTLS: id.ServerTLS(), Identify: auth.MemberOf, OnUp: func(string) { d.nudge() },
 	})
 	m.reach = link.NewReach(link.ReachConfig{Via: m.link, TLS: id.ClientTLS})
 	m.members = clusterv1connect.NewMemberServiceClient(m.link.HTTPClient(), link.BaseURL)
@@ -63,6 +65,20 @@ func (d *daemon) buildMember(ctx context.Context) error {
 	if role == sandbox.RoleNode && d.cfg.NodeAddr != "" {
 		return d.openDirect(ctx, handlers)
 	}
+	if d.cfg.LinkAddr != "" {
+		return d.openAwaiting(ctx)
+	}
+	return nil
+}
+
+// openAwaiting opens the port on which a proxy waits for servers, which it cannot dial.
+func (d *daemon) openAwaiting(ctx context.Context) error {
+	l, err := listenTCP(ctx, "link-addr", d.cfg.LinkAddr)
+	if err != nil {
+		return err
+	}
+	d.closers = append(d.closers, func() error { _ = l.Close(); return nil }) // closed already where it served
+	d.member.awaits = l
 	return nil
 }
 
@@ -146,7 +162,12 @@ func (m *memberRole) servers() []string {
 
 // start keeps the link up and the certificate fresh, and takes what others open directly.
 func (m *memberRole) start(ctx context.Context, loops *errgroup.Group) {
-	loops.Go(func() error { return m.link.Run(ctx) })
+	loops.Go(func() error {
+		if m.awaits != nil {
+			return m.link.Await(ctx, m.awaits)
+		}
+		return m.link.Run(ctx)
+	})
 	loops.Go(func() error { m.renew(ctx); return nil })
 	if m.direct != nil {
 		loops.Go(func() error { return m.listener.Serve(ctx, m.direct) })
