@@ -50,9 +50,9 @@ func TestTokenRoutes(t *testing.T) {
 		want                 string
 	}{
 		{"POST", "/v1/tokens", `{}`, 201, `"role":"node","state":"valid","uses":1,"used":0`},
-		{"POST", "/v1/tokens", `{"ttl_seconds":59}`, 400, "ttl 59s"},
+		{"POST", "/v1/tokens", `{"ttl_seconds":-1}`, 400, "ttl -1s"},
 		{"POST", "/v1/tokens", `{"ttl_seconds":9223372036854775807}`, 400, "720h"},
-		{"POST", "/v1/tokens", `{"ttl_seconds":-9223372036854775808}`, 400, "1m"},
+		{"POST", "/v1/tokens", `{"ttl_seconds":-9223372036854775808}`, 400, "want 1s"},
 		{"POST", "/v1/tokens", `{"uses":-1}`, 400, "uses -1"},
 		{"POST", "/v1/tokens", `{"role":"king"}`, 400, "node or proxy"},
 		{"POST", "/v1/tokens", `{"role":"server"}`, 501, "one server"},

@@ -19,22 +19,22 @@ func (a *app) tokenCommand() *cobra.Command {
 }
 
 func (a *app) tokenCreate() *cobra.Command {
-	role, ttl, uses := "node", time.Hour, 1
+	role, ttl, uses, replace := "node", time.Hour, 1, false
 	c := &cobra.Command{
 		Use: "create", Short: "Make a join token and show the command that uses it, once", Args: exactly(0, "no arguments"),
 		Long: "Make a join token and show, once, the command that lets another machine into this cluster. The token also says which\n" +
 			"cluster it is for, so that the other machine talks to no other server. The first token opens the port by which\n" +
 			"machines join, `cluster-addr`.",
-		Example: "  cloister token create\n  cloister token create --role proxy --ttl 10m\n  cloister token create --uses 0 --ttl 24h",
+		Example: "  cloister token create\n  cloister token create --role proxy --ttl 10m\n  cloister token create --uses 0 --ttl 24h --replace",
 		RunE: func(c *cobra.Command, _ []string) error {
 			if ttl < time.Second {
-				return &usageError{fmt.Errorf("ttl %s: want 1m to 720h", ttl)}
+				return &usageError{fmt.Errorf("ttl %s: want 1s to 720h", ttl)}
 			}
 			cn, err := a.target.connect()
 			if err != nil {
 				return err
 			}
-			t, err := cn.api.CreateToken(c.Context(), client.CreateToken{Role: role, TTLSeconds: int64(ttl / time.Second), Uses: &uses})
+			t, err := cn.api.CreateToken(c.Context(), client.CreateToken{Role: role, TTLSeconds: int64(ttl / time.Second), Uses: &uses, Replace: replace})
 			if err != nil {
 				return cn.check(err)
 			}
@@ -42,8 +42,9 @@ func (a *app) tokenCreate() *cobra.Command {
 		},
 	}
 	c.Flags().StringVar(&role, "role", role, "what the machine is to be: node or proxy")
-	c.Flags().DurationVar(&ttl, "ttl", ttl, "how long the token lets machines in: 1m to 720h")
+	c.Flags().DurationVar(&ttl, "ttl", ttl, "how long the token lets machines in: 1s to 720h")
 	c.Flags().IntVar(&uses, "uses", uses, "how many machines it lets in; 0 for any number")
+	c.Flags().BoolVar(&replace, "replace", false, "a machine with the name of a node that is down takes its place: that node is taken out of the cluster,\nand its paused sandboxes are brought back from their copies first")
 	_ = c.RegisterFlagCompletionFunc("role", cobra.FixedCompletions([]string{"node", "proxy"}, cobra.ShellCompDirectiveNoFileComp))
 	return c
 }

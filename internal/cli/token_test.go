@@ -129,14 +129,14 @@ func sameButTimes(got, want string) bool {
 func TestTokenUsage(t *testing.T) {
 	w := newTokenWorld(t)
 	for args, want := range map[string]string{
-		"token create --role king":  "want node or proxy",
-		"token create --ttl 1s":     "ttl 1s: want 1m0s to 720h0m0s",
-		"token create --ttl 1ns":    "want 1m to 720h",
-		"token create --ttl 721h":   "ttl 721h0m0s",
-		"token create --uses -1":    "uses -1",
-		"token create --uses 99999": "0 for any number",
-		"token create here":         "no arguments",
-		"token revoke":              "one token id",
+		"token create --role king":            "want node or proxy",
+		"token create --role proxy --replace": "a proxy takes nobody's place",
+		"token create --ttl 1ns":              "want 1s to 720h",
+		"token create --ttl 721h":             "ttl 721h0m0s",
+		"token create --uses -1":              "uses -1",
+		"token create --uses 99999":           "0 for any number",
+		"token create here":                   "no arguments",
+		"token revoke":                        "one token id",
 	} {
 		if r := w.do(strings.Fields(args)...); r.code != exitUsage || !strings.Contains(r.err, want) || r.out != "" {
 			t.Errorf("%s: %+v", args, r)

@@ -14,8 +14,10 @@ type Token struct {
 	// State is "valid", "expired", "used" or "revoked".
 	State string `json:"state"`
 	// Uses is how many machines it lets in, 0 for any number; Used how many it has.
-	Uses      int       `json:"uses"`
-	Used      int       `json:"used"`
+	Uses int `json:"uses"`
+	Used int `json:"used"`
+	// Replace means that who it lets in may take the place of a node that is down, by its name.
+	Replace   bool      `json:"replace"`
 	CreatedAt time.Time `json:"created_at"`
 	ExpiresAt time.Time `json:"expires_at"`
 	RevokedAt time.Time `json:"revoked_at,omitzero"`
@@ -35,10 +37,12 @@ type TokenUse struct {
 type CreateToken struct {
 	// Role is "node", which is the default, or "proxy".
 	Role string `json:"role,omitempty"`
-	// TTLSeconds is 60 to 2592000, which is 30 days; 3600 by default.
+	// TTLSeconds is 1 to 2592000, which is 30 days; 3600 by default.
 	TTLSeconds int64 `json:"ttl_seconds,omitempty"`
 	// Uses is how many machines the token lets in: 1 to 1000, or 0 for any number; 1 by default.
 	Uses *int `json:"uses,omitempty"`
+	// Replace lets a machine take the place of a node of its name that is down: that node is taken out of the cluster.
+	Replace bool `json:"replace,omitempty"`
 }
 
 // CreatedToken answers POST /v1/tokens: the only time that the token itself is shown.

@@ -43,6 +43,8 @@ type signer interface {
 // members keeps who belongs to the cluster. Admit uses a join token up in the same transaction.
 type members interface {
 	Admit(ctx context.Context, a store.Admission, now time.Time) (store.Member, error)
+	// CheckToken uses nothing up.
+	CheckToken(ctx context.Context, a store.Admission, now time.Time) (store.Token, error)
 	Member(ctx context.Context, m sandbox.Member) (store.Member, error)
 	roster
 }
@@ -144,6 +146,9 @@ func (c *Control) join(ctx context.Context, req *clusterv1.JoinRequest) (*cluste
 	}
 	now := time.Now().UTC()
 	ask.Member.KeyFingerprint, ask.Member.Certificates, ask.Member.JoinedAt = cert.key, []store.Certificate{cert.record()}, now
+	if err := c.makeRoom(ctx, ask, now); err != nil {
+		return nil, err
+	}
 	kept, err := c.joining.members.Admit(ctx, ask, now)
 	if err != nil {
 		return nil, err
@@ -189,32 +194,48 @@ func (c *Control) readJoin(ctx context.Context, req *clusterv1.JoinRequest) (sto
 	}
 	name := req.GetName()
 	setDefault(&name, m.ID)
-	if role == sandbox.RoleNode {
-		if err := c.nodeFree(ctx, m, name); err != nil {
-			return store.Admission{}, err
-		}
-	}
 	return store.Admission{
 		TokenID: id, TokenHash: hash, Member: store.Member{Role: role, ID: m.ID, Name: name, Version: req.GetVersion()},
 	}, nil
 }
 
-// nodeFree refuses the name of another node, and the name and id of one that is here without having joined, as that of
-// `cloister up` is.
-func (c *Control) nodeFree(ctx context.Context, m sandbox.Member, name string) error {
-	for _, n := range c.fleet.list(time.Now()) {
-		if n.Name == name && string(n.ID) != m.ID {
-			return sandbox.Conflictf("the name %q is that of node %s already: choose another with --name", name, n.ID)
+// makeRoom refuses, to who has a good token, the name of another node, and the name and id of one that is here without having
+// joined, as that of `cloister up` is. Of a node that is down it makes the name free where the token allows that.
+func (c *Control) makeRoom(ctx context.Context, ask store.Admission, now time.Time) error {
+	m, name := ask.Member.Member(), ask.Member.Name
+	token, err := c.joining.members.CheckToken(ctx, ask, now)
+	if err != nil || m.Role != sandbox.RoleNode {
+		return err
+	}
+	for _, n := range c.fleet.list(now) {
+		if n.Name != name || string(n.ID) == m.ID {
+			continue
+		}
+		if !token.Replace || !c.fleet.isDown(n.ID) {
+			return c.nameTaken(n)
+		}
+		if err := c.takeOut(ctx, n, false, true); err != nil {
+			return fmt.Errorf("take the place of node %s: %w", n.Name, err)
 		}
 	}
 	if !c.fleet.has(sandbox.NodeID(m.ID)) {
 		return nil
 	}
-	_, err := c.joining.members.Member(ctx, m)
+	_, err = c.joining.members.Member(ctx, m)
 	if errors.Is(err, sandbox.ErrNotFound) {
 		return sandbox.Conflictf("node %s is here already, and did not join: join with an empty data directory, which makes a new id", m.ID)
 	}
 	return err
+}
+
+// nameTaken says whose a name is, and what can be done where that node is down.
+func (c *Control) nameTaken(n Node) error {
+	if !c.fleet.isDown(n.ID) {
+		return sandbox.Conflictf("the name %q is that of node %s already, which is %s: choose another with --name", n.Name, n.ID, n.State)
+	}
+	return sandbox.Conflictf("the name %q is that of node %s, which is down since %s: choose another with --name or, where this machine takes that one's place, "+
+		"`cloister node rm %s` on the server first; a token made with `cloister token create --replace` does that by itself",
+		n.Name, n.ID, n.StateAt.UTC().Format(time.DateTime), n.Name)
 }
 
 // signed is what was given to a member.

@@ -258,22 +258,23 @@ func TestTokenRequests(t *testing.T) {
 		req  control.TokenRequest
 		kind error
 	}{
-		"all defaults":   {control.TokenRequest{}, nil},
-		"shortest":       {control.TokenRequest{TTL: time.Minute, Uses: number(1000)}, nil},
-		"longest":        {control.TokenRequest{TTL: 30 * 24 * time.Hour, Uses: number(0), Role: sandbox.RoleProxy}, nil},
-		"too short":      {control.TokenRequest{TTL: time.Minute - 1}, sandbox.ErrInvalid},
-		"negative":       {control.TokenRequest{TTL: -time.Hour}, sandbox.ErrInvalid},
-		"too long":       {control.TokenRequest{TTL: 30*24*time.Hour + 1}, sandbox.ErrInvalid},
-		"negative uses":  {control.TokenRequest{Uses: number(-1)}, sandbox.ErrInvalid},
-		"too many uses":  {control.TokenRequest{Uses: number(1001)}, sandbox.ErrInvalid},
-		"unknown role":   {control.TokenRequest{Role: "king"}, sandbox.ErrInvalid},
-		"another server": {control.TokenRequest{Role: sandbox.RoleServer}, sandbox.ErrUnsupported},
+		"all defaults":     {control.TokenRequest{}, nil},
+		"shortest":         {control.TokenRequest{TTL: time.Second, Uses: number(1000), Replace: true}, nil},
+		"longest":          {control.TokenRequest{TTL: 30 * 24 * time.Hour, Uses: number(0), Role: sandbox.RoleProxy}, nil},
+		"too short":        {control.TokenRequest{TTL: time.Second - 1}, sandbox.ErrInvalid},
+		"place of a proxy": {control.TokenRequest{Role: sandbox.RoleProxy, Replace: true}, sandbox.ErrInvalid},
+		"negative":         {control.TokenRequest{TTL: -time.Hour}, sandbox.ErrInvalid},
+		"too long":         {control.TokenRequest{TTL: 30*24*time.Hour + 1}, sandbox.ErrInvalid},
+		"negative uses":    {control.TokenRequest{Uses: number(-1)}, sandbox.ErrInvalid},
+		"too many uses":    {control.TokenRequest{Uses: number(1001)}, sandbox.ErrInvalid},
+		"unknown role":     {control.TokenRequest{Role: "king"}, sandbox.ErrInvalid},
+		"another server":   {control.TokenRequest{Role: sandbox.RoleServer}, sandbox.ErrUnsupported},
 	} {
 		made, err := c.Control.CreateToken(t.Context(), tt.req)
 		if !errors.Is(err, tt.kind) {
 			t.Errorf("%s: %v, want %v", name, err, tt.kind)
 		}
-		if err == nil && (made.State != "valid" || made.Text == "" || made.ExpiresAt.Sub(made.CreatedAt) < time.Minute) {
+		if err == nil && (made.State != "valid" || made.Text == "" || made.ExpiresAt.Sub(made.CreatedAt) < time.Second) {
 			t.Errorf("%s: %+v", name, made)
 		}
 	}
@@ -530,5 +531,36 @@ func TestReadmit(t *testing.T) {
 	}
 	if err := readmit(); !errors.Is(err, sandbox.ErrDenied) {
 		t.Errorf("removed and forgotten: %v", err)
+	}
+}
+
+// TestRemoveNodeThatNeverRan frees the name of a machine that joined and is not seen again.
+func TestRemoveNodeThatNeverRan(t *testing.T) {
+	c, zero := newClub(t), 0
+	token := c.token(t, control.TokenRequest{Uses: &zero})
+	if err := c.join(t, newNewcomer(t, "bbbbbb", "second"), token); err != nil {
+		t.Fatal(err)
+	}
+	err := c.join(t, newNewcomer(t, "cccccc", "second"), token)
+	if !errors.Is(err, sandbox.ErrConflict) || !strings.Contains(err.Error(), "cloister node rm bbbbbb") {
+		t.Errorf("its name: %v; want to be told how it is made free", err)
+	}
+	if err := c.Control.RemoveNode(t.Context(), "second", false); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Control.RemoveNode(t.Context(), "second", false); !errors.Is(err, sandbox.ErrNotFound) {
+		t.Errorf("removed twice: %v", err)
+	}
+	if err := c.join(t, newNewcomer(t, "cccccc", "second"), token); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestNamesAreForMembers tells nobody without a good token which nodes there are.
+func TestNamesAreForMembers(t *testing.T) {
+	c := newClub(t)
+	req, _ := newNewcomer(t, "bbbbbb", "node-aaaaaa").request(t, c.token(t, control.TokenRequest{Role: sandbox.RoleProxy}))
+	if _, err := c.Control.Join(t.Context(), req); !errors.Is(err, sandbox.ErrDenied) {
+		t.Errorf("%v; want ErrDenied", err)
 	}
 }

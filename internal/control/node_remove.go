@@ -15,10 +15,27 @@ import (
 // Errors: ErrNotFound; ErrConflict for a node that has sandboxes and answers, unless force is set.
 func (c *Control) RemoveNode(ctx context.Context, idOrName string, force bool) error {
 	n, err := c.GetNode(ctx, idOrName)
+	if errors.Is(err, sandbox.ErrNotFound) {
+		return c.removeUnseen(ctx, idOrName, err)
+	}
 	if err != nil {
 		return err
 	}
 	return c.takeOut(ctx, n, force, c.fleet.isDown(n.ID))
+}
+
+// removeUnseen takes out a node that joined and never ran; where there is none it returns unknown.
+func (c *Control) removeUnseen(ctx context.Context, idOrName string, unknown error) error {
+	all, err := c.ListMembers(ctx)
+	if err != nil {
+		return err
+	}
+	for _, m := range all {
+		if m.Role == sandbox.RoleNode && (m.ID == idOrName || m.Name == idOrName) {
+			return c.expel(ctx, m.Member)
+		}
+	}
+	return unknown
 }
 
 // takeOut removes a node; away means that it cannot be asked for anything.
@@ -133,14 +150,6 @@ func (c *Control) unrecordNode(ctx context.Context, id sandbox.NodeID) error {
 	for _, box := range c.index.at(id, func(*entry) bool { return true }) {
 		c.buried(box, "its node was removed from the cluster")
 		c.strays.ended(box)
-	}
-	for _, k := range c.noted.allKills() {
-		if k.Node == id {
-			if err := c.intents.DeleteKillIntent(ctx, k.ID); err != nil {
-				return err
-			}
-			c.noted.setKill(k.ID, nil)
-		}
 	}
 	for _, p := range c.noted.allPlacements() {
 		if err := c.dropStale(ctx, p.ID, id); err != nil {

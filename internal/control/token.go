@@ -13,7 +13,7 @@ import (
 // How long a join token lets machines in.
 const (
 	DefaultTokenTTL = time.Hour
-	MinTokenTTL     = time.Minute
+	MinTokenTTL     = time.Second
 	MaxTokenTTL     = 30 * 24 * time.Hour
 )
 
@@ -29,8 +29,10 @@ type Token struct {
 	ID   string
 	Role sandbox.Role
 	// Uses is how many machines it lets in, 0 for any number; Used how many it has.
-	Uses      int
-	Used      int
+	Uses int
+	Used int
+	// Replace means that who it lets in may take the place of a node that is down, by its name.
+	Replace   bool
 	CreatedAt time.Time
 	ExpiresAt time.Time
 	// RevokedAt is set for one that was revoked.
@@ -56,6 +58,8 @@ type TokenRequest struct {
 	TTL time.Duration
 	// Uses is 1 where it is nil; 0 lets in any number.
 	Uses *int
+	// Replace lets a machine take the place of a node of its name that is down: that node is taken out of the cluster.
+	Replace bool
 }
 
 // CreatedToken is a fresh token with its text, which can never be seen again.
@@ -88,7 +92,7 @@ func (c *Control) CreateToken(ctx context.Context, req TokenRequest) (CreatedTok
 		return CreatedToken{}, fmt.Errorf("create join token: %w", err)
 	}
 	now := time.Now().UTC()
-	kept := store.Token{ID: id, Role: req.Role, Hash: hash, Uses: uses, CreatedAt: now, ExpiresAt: now.Add(req.TTL)}
+	kept := store.Token{ID: id, Role: req.Role, Hash: hash, Uses: uses, Replace: req.Replace, CreatedAt: now, ExpiresAt: now.Add(req.TTL)}
 	if err := c.joining.tokens.CreateToken(ctx, kept); err != nil {
 		return CreatedToken{}, fmt.Errorf("create join token: %w", err)
 	}
@@ -114,6 +118,8 @@ func (r *TokenRequest) check() (uses int, err error) {
 		return 0, sandbox.Invalidf("role %.40q: want node or proxy", r.Role)
 	case r.Role == sandbox.RoleServer:
 		return 0, errOneServer()
+	case r.Replace && r.Role != sandbox.RoleNode:
+		return 0, sandbox.Invalidf("a %s takes nobody's place: replace is for nodes, what a %s had is gone with it", r.Role, r.Role)
 	case r.TTL < MinTokenTTL || r.TTL > MaxTokenTTL:
 		return 0, sandbox.Invalidf("ttl %s: want %s to %s", r.TTL, MinTokenTTL, MaxTokenTTL)
 	case uses < 0 || uses > store.MaxTokenUses:
@@ -153,7 +159,7 @@ func (c *Control) RevokeToken(ctx context.Context, id string) error {
 
 func tokenFrom(t store.Token, now time.Time) Token {
 	out := Token{
-		ID: t.ID, Role: t.Role, Uses: t.Uses, Used: t.Used, CreatedAt: t.CreatedAt, ExpiresAt: t.ExpiresAt, RevokedAt: t.RevokedAt, State: "valid",
+		ID: t.ID, Role: t.Role, Uses: t.Uses, Used: t.Used, Replace: t.Replace, CreatedAt: t.CreatedAt, ExpiresAt: t.ExpiresAt, RevokedAt: t.RevokedAt, State: "valid",
 	}
 	switch {
 	case !t.RevokedAt.IsZero():

@@ -29,8 +29,10 @@ type Token struct {
 	// Hash is the lower-case hex SHA-256 of the secret.
 	Hash string `json:"hash"`
 	// Uses is how many machines it lets in; 0 for any number. Used is how many it has.
-	Uses      int       `json:"uses"`
-	Used      int       `json:"used"`
+	Uses int `json:"uses"`
+	Used int `json:"used"`
+	// Replace means that who it lets in may take the place of a node that is down, by its name.
+	Replace   bool      `json:"replace,omitempty"`
 	CreatedAt time.Time `json:"created_at"`
 	ExpiresAt time.Time `json:"expires_at"`
 	RevokedAt time.Time `json:"revoked_at,omitzero"`
@@ -133,15 +135,40 @@ func (s *Store) Admit(ctx context.Context, a Admission, now time.Time) (Member, 
 	return Member{}, s.tokens().changed(a.TokenID)
 }
 
-// tryAdmit reads, decides and writes once; done is false where someone changed what it had read.
-func (s *Store) tryAdmit(ctx context.Context, a Admission, now time.Time) (m Member, done bool, err error) {
+// CheckToken returns the token that a machine asks to be admitted with, and uses nothing up. Errors: ErrDenied, which says what is
+// wrong with the token.
+func (s *Store) CheckToken(ctx context.Context, a Admission, now time.Time) (Token, error) {
+	token, err := s.tokenOf(ctx, a)
+	if err != nil {
+		return Token{}, err
+	}
+	old, err := orNone(s.members().get(ctx, a.Member.key()))
+	if err != nil {
+		return Token{}, err
+	}
+	_, err = token.Value.use(a, again(a, old.Value), now)
+	return token.Value, err
+}
+
+// again reports whether the machine that asks is the member that is there already.
+func again(a Admission, old Member) bool {
+	return old.ID != "" && old.RemovedAt.IsZero() && old.KeyFingerprint == a.Member.KeyFingerprint
+}
+
+func (s *Store) tokenOf(ctx context.Context, a Admission) (Record[Token], error) {
 	if checkName("token id", a.TokenID) != nil {
-		return m, false, unknownToken(a.TokenID)
+		return Record[Token]{}, unknownToken(a.TokenID)
 	}
 	token, err := s.tokens().get(ctx, a.TokenID)
 	if errors.Is(err, sandbox.ErrNotFound) {
-		return m, false, unknownToken(a.TokenID)
+		return Record[Token]{}, unknownToken(a.TokenID)
 	}
+	return token, err
+}
+
+// tryAdmit reads, decides and writes once; done is false where someone changed what it had read.
+func (s *Store) tryAdmit(ctx context.Context, a Admission, now time.Time) (m Member, done bool, err error) {
+	token, err := s.tokenOf(ctx, a)
 	if err != nil {
 		return m, false, err
 	}
@@ -205,7 +232,7 @@ func orNone[T any](r Record[T], err error) (Record[T], error) {
 func decideAdmit(t Token, old Member, name nameOwner, a Admission, now time.Time) (Token, Member, error) {
 	m := a.Member
 	present := old.ID != "" && old.RemovedAt.IsZero()
-	t, err := t.use(a, present && old.KeyFingerprint == m.KeyFingerprint, now)
+	t, err := t.use(a, again(a, old), now)
 	if err != nil {
 		return t, m, err
 	}
@@ -214,7 +241,8 @@ func decideAdmit(t Token, old Member, name nameOwner, a Admission, now time.Time
 			"or join with an empty data directory, which makes a new id", m.Member())
 	}
 	if name.ID != "" && name.ID != m.ID {
-		return t, m, sandbox.Conflictf("the name %q is that of %s/%s already: choose another with --name", m.Name, m.Role, name.ID)
+		return t, m, sandbox.Conflictf("the name %q is that of %s/%s already: choose another with --name, or take that one out of the cluster: `cloister %s rm %s`",
+			m.Name, m.Role, name.ID, m.Role, name.ID)
 	}
 	if present {
 		m.JoinedAt = old.JoinedAt

@@ -26,7 +26,7 @@ func (s *server) createToken(w http.ResponseWriter, r *http.Request) error {
 	}
 	const longest = int64(math.MaxInt64 / time.Second)
 	ttl := time.Duration(max(-longest, min(longest, body.TTLSeconds))) * time.Second
-	t, err := s.control.CreateToken(r.Context(), control.TokenRequest{Role: sandbox.Role(body.Role), TTL: ttl, Uses: body.Uses})
+	t, err := s.control.CreateToken(r.Context(), control.TokenRequest{Role: sandbox.Role(body.Role), TTL: ttl, Uses: body.Uses, Replace: body.Replace})
 	if err != nil {
 		return err
 	}
@@ -53,7 +53,7 @@ func same(s string) string { return s }
 
 func tokenToWire(t control.Token) client.Token {
 	return client.Token{
-		ID: t.ID, Role: string(t.Role), State: t.State, Uses: t.Uses, Used: t.Used, CreatedAt: t.CreatedAt, ExpiresAt: t.ExpiresAt,
+		ID: t.ID, Role: string(t.Role), State: t.State, Uses: t.Uses, Used: t.Used, Replace: t.Replace, CreatedAt: t.CreatedAt, ExpiresAt: t.ExpiresAt,
 		RevokedAt: t.RevokedAt,
 		UsedBy:    each(t.UsedBy, func(u control.TokenUse) client.TokenUse { return client.TokenUse(u) }),
 	}
