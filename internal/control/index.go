@@ -63,6 +63,22 @@ func (x *index) madeUnder(id sandbox.ID, node sandbox.NodeID, epoch int64) bool 
 	return ok && e.box.NodeID == node && e.epoch == epoch && !e.box.State.Ended()
 }
 
+// isOver reports whether a sandbox is known to be no more.
+func (x *index) isOver(id sandbox.ID) bool {
+	x.mu.RLock()
+	defer x.mu.RUnlock()
+	e, ok := x.byID[id]
+	return ok && e.box.State == sandbox.StateDeleted
+}
+
+// isFinal reports whether a sandbox is no more, whatever its node says.
+func (x *index) isFinal(id sandbox.ID) bool {
+	x.mu.RLock()
+	defer x.mu.RUnlock()
+	e, ok := x.byID[id]
+	return ok && e.final
+}
+
 // has reports whether anything is known of a sandbox.
 func (x *index) has(id sandbox.ID) bool {
 	x.mu.RLock()

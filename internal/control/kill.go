@@ -12,7 +12,8 @@ import (
 const killReason = "killed on request"
 
 // Kill ends a sandbox. One that has failed or is lost is cleared away, and found no more; one whose node does not answer
-// is killed as soon as it does, and is gone for everybody else. Errors: ErrNotFound.
+// is killed as soon as it does, and is gone for everybody else. So is one that waits for the other end of its move.
+// Errors: ErrNotFound.
 func (c *Control) Kill(ctx context.Context, id sandbox.ID) error {
 	if _, err := c.Get(ctx, id); err != nil {
 		return err
@@ -32,7 +33,7 @@ func (c *Control) Kill(ctx context.Context, id sandbox.ID) error {
 	if err := c.unguard(ctx, id); err != nil { // nobody is to bring it back
 		return fmt.Errorf("kill sandbox %s: %w", id, err)
 	}
-	if c.fleet.isDown(box.NodeID) && box.State != sandbox.StateFailed {
+	if c.fleet.isDown(box.NodeID) && box.State != sandbox.StateFailed || c.isStuck(box) {
 		return c.killLater(ctx, box)
 	}
 	err = c.killAt(ctx, box.NodeID, id)
@@ -50,6 +51,16 @@ func (c *Control) Kill(ctx context.Context, id sandbox.ID) error {
 	c.buried(id, killReason)
 	c.strays.ended(id)
 	return nil
+}
+
+// isStuck reports whether a sandbox, which nobody moves now, waits to be settled, or is said to be elsewhere than where it was
+// heard of.
+func (c *Control) isStuck(box sandbox.Sandbox) bool {
+	if c.limits.OneNode || box.State.Ended() {
+		return false // the node alone decides nothing about moves
+	}
+	p, ok := c.noted.placement(box.ID)
+	return box.State == sandbox.StateMigrating || ok && !p.Ended && p.Node != box.NodeID
 }
 
 func (c *Control) killAt(ctx context.Context, node sandbox.NodeID, id sandbox.ID) error {

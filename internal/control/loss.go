@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"time"
 
 	"github.com/cloister-dev/cloister/internal/sandbox"
@@ -130,7 +131,8 @@ func (c *Control) away(box sandbox.Sandbox) error {
 	return sandbox.Unavailablef("sandbox %s cannot be reached: its node %s does not answer", box.ID, box.NodeID)
 }
 
-// killLater has a sandbox killed when its node answers again; for everybody else it is gone from now on.
+// killLater has a sandbox killed when its node answers again, or its move is known to be over; for everybody else it is gone
+// from now on.
 func (c *Control) killLater(ctx context.Context, box sandbox.Sandbox) error {
 	k := sandbox.KillIntent{ID: box.ID, Node: box.NodeID, At: time.Now().UTC()}
 	if err := c.intents.PutKillIntent(ctx, k); err != nil {
@@ -139,6 +141,7 @@ func (c *Control) killLater(ctx context.Context, box sandbox.Sandbox) error {
 	c.noted.setKill(box.ID, &k)
 	c.buried(box.ID, "killed while its node did not answer")
 	c.note(ctx, Event{Type: "kill_wanted", NodeID: box.NodeID, SandboxID: box.ID, Message: "killed as soon as its node answers"})
+	c.strays.kick()
 	return nil
 }
 
@@ -156,9 +159,32 @@ func (c *Control) buried(id sandbox.ID, reason string) {
 	})
 }
 
-// killWanted carries out an intent at a node that answers.
+// killWanted carries out an intent: copies of the sandbox end where they can be reached. Once every node has answered that may
+// have the one that counts, nothing is noted any more but who may have an old one.
 func (c *Control) killWanted(ctx context.Context, k sandbox.KillIntent) error {
-	if err := c.killAt(ctx, k.Node, k.ID); err != nil && !errors.Is(err, sandbox.ErrNotFound) {
+	release, ok := c.busy.try(k.ID)
+	if !ok {
+		return nil // it is being moved, and found where it went
+	}
+	defer release()
+	reached, all := c.reach(k)
+	for _, node := range reached {
+		if err := c.endCopy(ctx, k.ID, node); err != nil {
+			return err
+		}
+	}
+	if !all {
+		return nil
+	}
+	if r, ok := c.noted.replica(k.ID); ok { // also one that was to bring it back: that is ended
+		if err := c.replicas.RemoveReplica(ctx, r); err != nil && !errors.Is(err, sandbox.ErrNotFound) {
+			return errors.Join(fmt.Errorf("give up the replicas of sandbox %s: %w", k.ID, err), c.reloadReplica(ctx, k.ID))
+		}
+		c.noted.setReplica(k.ID, nil)
+		c.copies.spare(r)
+	}
+	err := c.changePlacement(ctx, k.ID, func(p *sandbox.Placement) bool { p.Ended = true; return len(p.Stale) > 0 })
+	if err != nil {
 		return err
 	}
 	// A report that was written before must not bring it back, also where this server never knew it.
@@ -169,4 +195,30 @@ func (c *Control) killWanted(ctx context.Context, k sandbox.KillIntent) error {
 	}
 	c.noted.setKill(k.ID, nil)
 	return nil
+}
+
+// reach returns the nodes at which something of a sandbox that is to be killed can be ended now. All means that these are all
+// that may have the copy that counts; as long as one does not answer, only copies that are known are ended.
+func (c *Control) reach(k sandbox.KillIntent) (reached []sandbox.NodeID, all bool) {
+	wanted := []sandbox.NodeID{k.Node}
+	if p, ok := c.noted.placement(k.ID); ok && p.Node != k.Node {
+		wanted = append(wanted, p.Node)
+	}
+	all = true
+	for _, node := range wanted {
+		if _, known := c.fleet.record(node); known && !c.fleet.isReady(node) {
+			all = false
+		}
+	}
+	for _, one := range c.strays.of(k.ID) {
+		wanted = append(wanted, one.box.NodeID)
+		if !all {
+			reached = append(reached, one.box.NodeID)
+		}
+	}
+	if all {
+		reached = wanted
+	}
+	slices.Sort(reached)
+	return slices.DeleteFunc(slices.Compact(reached), func(n sandbox.NodeID) bool { return !c.fleet.isReady(n) }), all
 }

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"slices"
 	"time"
 
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -64,6 +63,9 @@ func (c *Control) move(ctx context.Context, id sandbox.ID) (sandbox.Sandbox, err
 	if err := c.unguard(ctx, id); err != nil {
 		return sandbox.Sandbox{}, err
 	}
+	if err := c.expect(ctx, t, t.targets[0]); err != nil { // likewise
+		return sandbox.Sandbox{}, err
+	}
 	defer c.passing(t.held, t.box.State, sandbox.StateMigrating)()
 	if err := c.depart(ctx, t); err != nil {
 		return sandbox.Sandbox{}, err
@@ -97,9 +99,6 @@ func (c *Control) planMove(ctx context.Context, id sandbox.ID) (*transfer, error
 	}
 	if box.State != sandbox.StateRunning && box.State != sandbox.StatePaused {
 		return nil, sandbox.Conflictf("sandbox %s is %s: only one that runs or is paused can be moved", id, box.State)
-	}
-	if c.noted.isBereft(id) {
-		return nil, sandbox.Conflictf("sandbox %s is being brought back: its node %s has lost it", id, box.NodeID)
 	}
 	if c.noted.isBereft(id) {
 		return nil, sandbox.Conflictf("sandbox %s is being brought back: its node %s has lost it", id, box.NodeID)
@@ -192,10 +191,40 @@ func (c *Control) depart(ctx context.Context, t *transfer) error {
 	return nil
 }
 
+// expect notes, before a node is asked to receive a sandbox, that it may have a copy from then on: whatever becomes of its
+// answer, of this server and of the sandbox, it is known that there is something to drop.
+func (c *Control) expect(ctx context.Context, t *transfer, at sandbox.NodeID) error {
+	id := t.box.ID
+	elsewhere := false
+	err := c.placements.ChangePlacement(ctx, id, func(p *sandbox.Placement) bool {
+		elsewhere = p.Node != t.box.NodeID || p.Ended
+		p.AddStale(at)
+		return true
+	})
+	switch {
+	case errors.Is(err, sandbox.ErrNotFound):
+		// Below the sandbox's generation, whose news goes on counting.
+		err = c.placements.CommitPlacement(ctx, sandbox.Placement{
+			ID: id, Node: t.box.NodeID, Generation: t.box.Generation - 1, Stale: []sandbox.NodeID{at}, At: time.Now().UTC(),
+		})
+	case err == nil && elsewhere:
+		err = sandbox.Conflictf("it is not at node %s any more", t.box.NodeID)
+	}
+	if err != nil {
+		return fmt.Errorf("move sandbox %s: note that node %s may have it: %w", id, at, err)
+	}
+	return c.reloadPlacement(ctx, id)
+}
+
 // receive has one of the targets take the sandbox. Those that failed keep nothing of it.
 func (c *Control) receive(ctx context.Context, t *transfer) error {
 	var last error
-	for _, to := range t.targets {
+	for i, to := range t.targets {
+		if i > 0 {
+			if err := c.expect(ctx, t, to); err != nil {
+				return err
+			}
+		}
 		err := c.receiveAt(ctx, t, to)
 		if err == nil {
 			t.to = to
@@ -261,7 +290,7 @@ func (c *Control) arriveOnce(ctx context.Context, at sandbox.NodeID, req *agentv
 	return c.learn(at, resp.GetSandbox())
 }
 
-// takeBack has the node that gave a sandbox away go on with it: no placement says otherwise.
+// takeBack has the node that gave a sandbox away go on with it: the placement names it, or no node.
 func (c *Control) takeBack(ctx context.Context, t *transfer) error {
 	if t.to != "" {
 		c.forgetCopy(ctx, t.box.ID, t.to, t.undone())
@@ -302,41 +331,4 @@ func (c *Control) giveBack(ctx context.Context, id sandbox.ID, to sandbox.NodeID
 	c.strays.resolve(id, to)
 	_, err = c.learn(to, resp.GetSandbox())
 	return err
-}
-
-// forgetCopy has a node drop its copy of a sandbox, which does not count. Where that fails, the placement and the node's
-// reports say that it is to be done.
-func (c *Control) forgetCopy(ctx context.Context, id sandbox.ID, at sandbox.NodeID, below int64) {
-	err := c.forgetAt(ctx, id, at, below)
-	if err != nil {
-		c.log.LogAttrs(ctx, slog.LevelWarn, "copy of a sandbox not dropped yet", slog.String("sandbox_id", string(id)), nodeAttr(at), errAttr(err))
-	}
-}
-
-func (c *Control) forgetAt(ctx context.Context, id sandbox.ID, at sandbox.NodeID, below int64) error {
-	agent, err := c.agent(at)
-	if err != nil {
-		return err
-	}
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), c.limits.CallDeadline)
-	defer cancel()
-	resp, err := agent.Forget(ctx, &agentv1.ForgetRequest{Id: string(id), Below: below})
-	if err = fromNode(at, err); err != nil {
-		return err
-	}
-	c.fleet.answered(at, resp.GetLoad())
-	c.strays.resolve(id, at)
-	return c.dropStale(ctx, id, at)
-}
-
-// dropStale notes in a sandbox's placement that a node has no copy any more. A placement without old copies goes when its
-// sandbox has ended.
-func (c *Control) dropStale(ctx context.Context, id sandbox.ID, at sandbox.NodeID) error {
-	if p, ok := c.noted.placement(id); !ok || !slices.Contains(p.Stale, at) {
-		return nil
-	}
-	return c.changePlacement(ctx, id, func(p *sandbox.Placement) bool {
-		p.DropStale(at)
-		return !p.Ended || len(p.Stale) > 0
-	})
 }

@@ -31,7 +31,7 @@ type pair struct {
 
 func newPair(t *testing.T) *pair {
 	t.Helper()
-	c := apitest.NewCluster(t, func(cfg *control.Config) { cfg.Log = slog.New(slog.DiscardHandler); cfg.Limits.SnapshotReplicas = 1 })
+	c := apitest.NewCluster(t, func(cfg *control.Config) { cfg.Limits.SnapshotReplicas = 1 })
 	p := &pair{Cluster: c, a: c.Node, b: apitest.NewNode("bbbbbb")}
 	p.box = mustCreate(t, c, control.CreateRequest{Timeout: time.Hour})
 	c.Join(t, p.b)

@@ -6,9 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
 	"slices"
-	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -25,103 +23,6 @@ const (
 	// maxSettling bounds the sandboxes that are settled at once.
 	maxSettling = 8
 )
-
-// copyOf names what one node has of a sandbox.
-type copyOf struct {
-	id   sandbox.ID
-	node sandbox.NodeID
-}
-
-// stray is a copy of a sandbox that does not count, or of which that is not decided.
-type stray struct {
-	box   sandbox.Sandbox
-	since time.Time
-}
-
-// strays are the copies that runSettle has to do something about, as the nodes reported them.
-type strays struct {
-	wake chan struct{}
-
-	mu     sync.Mutex
-	copies map[copyOf]stray
-	// over are sandboxes that ended, whose records may go; dropped are copies that are gone.
-	over    map[sandbox.ID]struct{}
-	dropped map[copyOf]struct{}
-}
-
-func newStrays() *strays {
-	return &strays{
-		wake: make(chan struct{}, 1), copies: make(map[copyOf]stray), over: make(map[sandbox.ID]struct{}), dropped: make(map[copyOf]struct{}),
-	}
-}
-
-// kick has runSettle look now.
-func (s *strays) kick() {
-	select {
-	case s.wake <- struct{}{}:
-	default:
-	}
-}
-
-func (s *strays) add(box sandbox.Sandbox, now time.Time) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	at := copyOf{box.ID, box.NodeID}
-	if old, ok := s.copies[at]; ok {
-		now = old.since
-	}
-	s.copies[at] = stray{box: box, since: now}
-}
-
-func (s *strays) resolve(id sandbox.ID, node sandbox.NodeID) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	delete(s.copies, copyOf{id, node})
-}
-
-// forgotten notes that a node says that it has nothing of a sandbox any more.
-func (s *strays) forgotten(id sandbox.ID, node sandbox.NodeID) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.dropped[copyOf{id, node}] = struct{}{}
-}
-
-// ended notes that a sandbox is no more.
-func (s *strays) ended(id sandbox.ID) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.over[id] = struct{}{}
-}
-
-// onlyNamed drops the copies of a node that it did not name in a full report.
-func (s *strays) onlyNamed(node sandbox.NodeID, named map[sandbox.ID]struct{}) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	maps.DeleteFunc(s.copies, func(at copyOf, _ stray) bool {
-		_, ok := named[at.id]
-		return at.node == node && !ok
-	})
-}
-
-// bySandbox returns the copies of each sandbox.
-func (s *strays) bySandbox() map[sandbox.ID][]stray {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	out := make(map[sandbox.ID][]stray, len(s.copies))
-	for at, one := range s.copies {
-		out[at.id] = append(out[at.id], one)
-	}
-	return out
-}
-
-// takeEnds returns what ended and what was dropped since the last call.
-func (s *strays) takeEnds() (over map[sandbox.ID]struct{}, dropped map[copyOf]struct{}) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	over, dropped = s.over, s.dropped
-	s.over, s.dropped = make(map[sandbox.ID]struct{}), make(map[copyOf]struct{})
-	return over, dropped
-}
 
 // runSettle brings to an end what moves, losses and kills have left: copies that do not count, sandboxes on their way that
 // nobody moves, and kills that nodes were away for.
@@ -150,79 +51,48 @@ func (c *Control) settleAll(ctx context.Context, now time.Time) {
 			return nil
 		})
 	}
-	over, dropped := c.strays.takeEnds()
-	for at := range dropped {
-		do(at.id, "dropped", func() error { return c.dropStale(ctx, at.id, at.node) })
+	over, doubted := c.strays.takeEnds()
+	for at := range doubted {
+		do(at.id, "doubted", func() error { return c.askAgain(ctx, at.id, at.node) })
 	}
 	for id := range over {
 		do(id, "ended", func() error { return c.endRecords(ctx, id) })
 	}
 	for _, k := range c.noted.allKills() {
-		if c.fleet.isReady(k.Node) {
-			do(k.ID, "kill", func() error { return c.killWanted(ctx, k) })
-		}
+		do(k.ID, "kill", func() error { return c.killWanted(ctx, k) })
 	}
 	for _, p := range c.noted.allPlacements() {
-		if len(p.Stale) > 0 && !c.busy.has(p.ID) {
+		if len(p.Stale) > 0 {
 			do(p.ID, "stale", func() error { return c.forgetStale(ctx, p) })
 		}
 	}
 	for id, copies := range c.strays.bySandbox() {
-		if !c.noted.doomed(id) {
+		if !c.limits.OneNode && !c.noted.doomed(id) { // only a server knows which of several counts
 			do(id, "copies", func() error { return c.settleOne(ctx, id, copies, now) })
 		}
 	}
 	_ = g.Wait() // each has told of its own error
 }
 
-// endRecords removes what is noted of a sandbox that is no more. A placement stays while old copies may be somewhere.
-func (c *Control) endRecords(ctx context.Context, id sandbox.ID) error {
-	if box, ok := c.index.get(id); ok && !box.State.Ended() {
-		return nil
-	}
-	err := c.unguard(ctx, id)
-	if _, ok := c.noted.placement(id); ok && err == nil {
-		err = c.changePlacement(ctx, id, func(p *sandbox.Placement) bool {
-			p.Ended = true
-			return len(p.Stale) > 0
-		})
-	}
-	if err != nil {
-		c.strays.ended(id) // again
-	}
-	return err
-}
+// verdict is what is to become of a copy of a sandbox.
+type verdict int
 
-// forgetStale has the nodes that answer drop the copies that a placement outdates, once the one that counts is there.
-func (c *Control) forgetStale(ctx context.Context, p sandbox.Placement) error {
-	if !p.Ended && !c.confirmed(p) {
-		return nil
-	}
-	below := p.Generation
-	if p.Ended {
-		below++
-	}
-	var errs []error
-	for _, node := range p.Stale {
-		_, known := c.fleet.record(node)
-		switch {
-		case !known: // it was removed from the cluster
-			errs = append(errs, c.dropStale(ctx, p.ID, node))
-		case c.fleet.isReady(node):
-			errs = append(errs, c.forgetAt(ctx, p.ID, node, below))
-		}
-	}
-	return errors.Join(errs...)
-}
+const (
+	// verdictWait means that more has to be heard first.
+	verdictWait verdict = iota
+	// verdictOpen is for a copy that may go on, verdictArrive for one that counts and has to.
+	verdictOpen
+	verdictArrive
+	// verdictDrop is for a copy that does not count, verdictEnd for any of a sandbox that is no more.
+	verdictDrop
+	verdictEnd
+	// verdictAsk is for a received copy that does not count unless the node that the placement names still has the sandbox.
+	verdictAsk
+	// verdictNews is for one that counts after all, as what spoke against it is gone.
+	verdictNews
+)
 
-// confirmed reports whether the copy that a placement names is known to be there, and counts.
-func (c *Control) confirmed(p sandbox.Placement) bool {
-	box, ok := c.index.get(p.ID)
-	return ok && box.NodeID == p.Node && box.Generation >= p.Generation && box.State != sandbox.StateMigrating && box.State != sandbox.StateLost
-}
-
-// settleOne decides about the copies of one sandbox: what its placement outdates goes, what it names arrives, and where it
-// says nothing a received copy goes on, or without one the copy that departed.
+// settleOne decides about the copies of one sandbox.
 func (c *Control) settleOne(ctx context.Context, id sandbox.ID, copies []stray, now time.Time) error {
 	release, ok := c.busy.try(id)
 	if !ok {
@@ -232,43 +102,98 @@ func (c *Control) settleOne(ctx context.Context, id sandbox.ID, copies []stray, 
 	if err := c.reloadPlacement(ctx, id); err != nil {
 		return fmt.Errorf("read the placement of sandbox %s: %w", id, err)
 	}
-	p, placed := c.noted.placement(id)
-	open := make([]stray, 0, len(copies))
+	var at *sandbox.Placement
+	if p, ok := c.noted.placement(id); ok {
+		at = &p
+	}
+	var open []stray
+	var errs []error
 	for _, one := range copies {
-		box := &one.box
-		switch {
-		case !c.fleet.isReady(box.NodeID):
-		case placed && p.Outdates(box.NodeID, box.Generation):
-			if p.Ended || c.confirmed(p) {
-				return c.forgetAt(ctx, id, box.NodeID, p.Generation+1)
-			}
-		case placed && p.Node == box.NodeID && box.Received && box.Generation == p.Generation:
-			return c.arriveAnyhow(ctx, id, box.NodeID, p.Generation)
-		case box.State == sandbox.StateMigrating && now.Sub(one.since) >= settleAfter:
+		v := c.judge(at, &one.box, copies)
+		switch aged := now.Sub(one.since) >= settleAfter; {
+		case v == verdictOpen && aged:
 			open = append(open, one)
+		case v == verdictNews && aged:
+			c.strays.resolve(id, one.box.NodeID)
+			c.index.apply(&entry{box: one.box}, now)
+		case v == verdictEnd && (aged || at != nil && at.Ended):
+			errs = append(errs, c.endCopy(ctx, id, one.box.NodeID))
+		case v == verdictArrive:
+			errs = append(errs, c.arriveAnyhow(ctx, id, one.box.NodeID, at.Generation))
+		case v == verdictDrop:
+			errs = append(errs, c.forgetAt(ctx, id, one.box.NodeID, one.box.Generation+1))
+		case v == verdictAsk && aged:
+			errs = append(errs, c.dropUnlessThere(ctx, at.Node, &one.box))
 		}
 	}
-	if len(open) == 0 {
-		return nil
+	return errors.Join(append(errs, c.settleOpen(ctx, at, open))...)
+}
+
+// judge says what is to become of a copy, by the placement of its sandbox; nil means that there is none. Who is asked to
+// receive a sandbox is noted in its placement before, so a received copy without one is of a sandbox that is no more.
+func (c *Control) judge(at *sandbox.Placement, box *sandbox.Sandbox, all []stray) verdict {
+	switch {
+	case !c.fleet.isReady(box.NodeID):
+		return verdictWait
+	case at != nil && at.Ended, c.index.isOver(box.ID):
+		return verdictEnd
+	case at == nil && box.Received:
+		return verdictDrop
+	case at == nil && box.State == sandbox.StateMigrating:
+		return verdictOpen
+	case at == nil:
+		return verdictNews
+	case box.Received:
+		return c.judgeReceived(at, box, all)
+	case at.Node == box.NodeID || !at.Outdates(box.NodeID, box.Generation):
+		if box.State == sandbox.StateMigrating {
+			return verdictOpen
+		}
+	case c.confirmed(*at):
+		return verdictDrop
 	}
+	return verdictWait
+}
+
+// judgeReceived judges a copy that was received for a move. Unless the placement names it, it never goes on without the word
+// of the node that the placement does name.
+func (c *Control) judgeReceived(at *sandbox.Placement, box *sandbox.Sandbox, all []stray) verdict {
+	_, known := c.fleet.record(at.Node)
+	switch {
+	case at.Node == box.NodeID && box.Generation == at.Generation:
+		return verdictArrive
+	case at.Node == box.NodeID && box.Generation > at.Generation:
+		return verdictWait
+	case at.Node == box.NodeID, !known, c.confirmed(*at):
+		return verdictDrop
+	case !c.fleet.isReady(at.Node):
+		return verdictWait
+	case slices.ContainsFunc(all, func(o stray) bool { return o.box.NodeID == at.Node }):
+		return verdictOpen
+	}
+	return verdictAsk
+}
+
+// settleOpen has one of the copies of a sandbox count that is on its way: a received one, if the copy that departed is heard
+// of too, and takes it back where it cannot run; else the one that departed.
+func (c *Control) settleOpen(ctx context.Context, at *sandbox.Placement, open []stray) error {
 	slices.SortFunc(open, func(a, b stray) int {
 		return cmp.Or(btoi(b.box.Received)-btoi(a.box.Received), cmp.Compare(b.box.Generation, a.box.Generation))
 	})
-	return c.settleOpen(ctx, open)
-}
-
-// settleOpen has the first of the copies count. A received one that cannot run gives way to the one that departed.
-func (c *Control) settleOpen(ctx context.Context, open []stray) error {
+	home := slices.IndexFunc(open, func(o stray) bool { return !o.box.Received })
+	if home < 0 {
+		return nil
+	}
 	box := open[0].box
 	next := sandbox.Placement{ID: box.ID, Node: box.NodeID, Generation: box.Generation}
 	if !box.Received {
-		next.Generation++
+		next.Generation += 2 // beyond that of whoever received it unheard of
+		if at != nil {
+			next.Generation = max(next.Generation, at.Generation+1)
+		}
 	}
 	for _, other := range open[1:] {
 		next.AddStale(other.box.NodeID)
-		if !box.Received {
-			next.Generation = max(next.Generation, other.box.Generation+1)
-		}
 	}
 	if err := c.commitPlacement(ctx, next); err != nil {
 		return err
@@ -277,17 +202,24 @@ func (c *Control) settleOpen(ctx context.Context, open []stray) error {
 	if !box.Received {
 		return c.giveBack(ctx, box.ID, box.NodeID, next.Generation)
 	}
-	if len(open) == 1 || open[1].box.Received {
-		return c.arriveAnyhow(ctx, box.ID, box.NodeID, next.Generation)
-	}
 	_, err := c.arrive(ctx, box.ID, box.NodeID, next.Generation)
 	if err == nil || errors.Is(err, sandbox.ErrUnavailable) {
 		return err
 	}
-	back := open[1].box
+	back := open[home].box
 	next = sandbox.Placement{ID: back.ID, Node: back.NodeID, Generation: next.Generation + 1, Stale: []sandbox.NodeID{box.NodeID}}
 	if commitErr := c.commitPlacement(ctx, next); commitErr != nil {
 		return errors.Join(err, commitErr)
 	}
 	return c.giveBack(ctx, back.ID, back.NodeID, next.Generation)
+}
+
+// dropUnlessThere drops a received copy if the node that the placement names says that it has the sandbox no more: it ended
+// there, or was lost.
+func (c *Control) dropUnlessThere(ctx context.Context, home sandbox.NodeID, copied *sandbox.Sandbox) error {
+	there, err := c.hasIt(ctx, copied.ID, home)
+	if err != nil || there {
+		return err
+	}
+	return c.forgetAt(ctx, copied.ID, copied.NodeID, copied.Generation+1)
 }

@@ -389,6 +389,7 @@ func (n *Node) Forget(_ context.Context, req *agentv1.ForgetRequest) (*agentv1.F
 		switch {
 		case b == nil:
 			return nil
+		case req.GetBelow() == 0 && b.GetState() == agentv1.State_STATE_MIGRATING:
 		case b.GetGeneration() >= req.GetBelow():
 			return refused("sandbox %s has generation %d, not below %d", b.GetId(), b.GetGeneration(), req.GetBelow())
 		}
@@ -433,4 +434,11 @@ func (n *Node) obtain(req *agentv1.CreateRequest) error {
 	}
 	n.moving.images[d] = true
 	return nil
+}
+
+// Arrivals counts how often a received sandbox was let go on at the node.
+func (n *Node) Arrivals(id sandbox.ID) int {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.moving.arrivals[string(id)]
 }

@@ -234,6 +234,9 @@ func (n *Node) Kill(_ context.Context, req *agentv1.KillRequest) (*agentv1.KillR
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	b, err := n.find(req.GetId())
+	if err == nil && b.GetState() == agentv1.State_STATE_MIGRATING {
+		err = refused("sandbox %s is %s", b.GetId(), b.GetState())
+	}
 	if err == nil {
 		err = meant(b, req.GetGeneration())
 	}
