@@ -173,9 +173,12 @@ func (c *Control) markMissing(node sandbox.NodeID, epoch int64, named map[sandbo
 	var missing []sandbox.ID
 	first, _ := ends()
 	c.index.scan(false, first, func(e *entry) bool {
-		if _, ok := named[e.box.ID]; !ok && e.box.NodeID == node && (!e.box.State.Ended() || lostThere(e)) && !c.spared(e, epoch, now) &&
-			!c.noted.isBereft(e.box.ID) {
+		switch _, ok := named[e.box.ID]; {
+		case ok || e.box.NodeID != node || e.box.State.Ended() && !lostThere(e) || c.noted.isBereft(e.box.ID):
+		case !c.spared(e, epoch, now):
 			missing = append(missing, e.box.ID)
+		case c.limits.OneNode: // the next report of everything may be long in coming
+			c.strays.doubt(e.box.ID, node)
 		}
 		return true
 	})

@@ -100,6 +100,28 @@ func forgets(t *testing.T, again func(*apitest.Cluster)) {
 	}
 }
 
+// TestOwnNodeGivesUpTheNew has a node drop a sandbox that it made a moment ago, and say so to its own control only by leaving it
+// out.
+func TestOwnNodeGivesUpTheNew(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := apitest.NewCluster(t, func(cfg *control.Config) { cfg.Limits.OneNode = true })
+		running(t, c)
+		kept, gone := mustCreate(t, c, minute()), mustCreate(t, c, minute())
+		c.Node.Lose(gone.ID)
+		if err := c.Report(t, c.Node, true); err != nil {
+			t.Fatal(err)
+		}
+		asleep(3 * time.Second)
+		synctest.Wait()
+		if s := stateOf(t, c, kept.ID); s != sandbox.StateRunning {
+			t.Errorf("the other one is %s", s)
+		}
+		if got, err := c.Control.Get(t.Context(), gone.ID); !errors.Is(err, sandbox.ErrNotFound) {
+			t.Errorf("%+v, %v; want it not found", got, err)
+		}
+	})
+}
+
 func TestFullReportSparesTheNew(t *testing.T) {
 	c := apitest.NewCluster(t, nil)
 	box := mustCreate(t, c, minute())
