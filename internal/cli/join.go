@@ -52,6 +52,9 @@ func (a *app) join(c *cobra.Command, o daemon.JoinOptions, detach, noStart bool)
 	if err != nil {
 		return &usageError{err}
 	}
+	if err := (daemon.Roles{Node: o.Role == "node", Proxy: o.Role == "proxy"}).Check(cfg); err != nil {
+		return &usageError{err}
+	}
 	if o.Token == "" {
 		o.Token = config.JoinToken(a.environ)
 	}

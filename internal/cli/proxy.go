@@ -18,7 +18,9 @@ func (a *app) proxyCommand() *cobra.Command {
 		Example: "  cloister join 192.0.2.1 --token TOKEN --role proxy\n  cloister proxy --detach",
 		Long: "Without a command: run the proxy that `cloister join --role proxy` made of this machine. It takes the routing table from\n" +
 			"the server and goes on with what it has while no server is reachable. GET /readyz on its address says whether it should\n" +
-			"get requests; on SIGTERM it first stops saying so and leaves the list of proxies, then ends what is open.",
+			"get requests; on SIGTERM it first stops saying so and leaves the list of proxies, after proxy-drain-delay takes no more\n" +
+			"connections, then ends what is open. Where it cannot dial the server, it waits on --link-addr for the server to dial it, which\n" +
+			"lists it in --proxies.",
 	}, a.proxyList(), a.proxyRemove())
 	return a.starts(c, func(*config.Config) (daemon.Roles, error) { return daemon.Roles{Proxy: true}, nil })
 }

@@ -43,6 +43,9 @@ func (a *app) starts(c *cobra.Command, roles func(*config.Config) (daemon.Roles,
 		if err != nil {
 			return err
 		}
+		if err := r.Check(cfg); err != nil {
+			return &usageError{err}
+		}
 		if err := needRoot(c, r); err != nil {
 			return err
 		}

@@ -29,7 +29,11 @@ func (c *Config) validateCluster() error {
 	if c.ClusterAdvertise != "" && !dialable(c.ClusterAdvertise) {
 		errs = append(errs, fmt.Errorf("cluster-advertise %q: want HOST:PORT that other machines reach, such as 192.0.2.1:3003", c.ClusterAdvertise))
 	}
-	errs = append(errs, c.validateNodeAddress())
+	if c.LinkAddr != "" {
+		errs = append(errs, validatePort("link-addr", c.LinkAddr))
+	}
+	_, err := c.ProxyAddresses()
+	errs = append(errs, err, c.validateNodeAddress())
 	if _, err := c.Labels(); err != nil {
 		errs = append(errs, err)
 	}

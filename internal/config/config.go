@@ -35,6 +35,8 @@ type Config struct {
 
 	ClusterAddr       string        `name:"cluster-addr" group:"Cluster" help:"address that joining machines and members reach a server on, with mutual TLS by the cluster's own authority; cloister up opens it once a join token was made"`
 	ClusterAdvertise  string        `name:"cluster-advertise" help:"HOST:PORT of cluster-addr as other machines reach it; default: this machine's address on its default route"`
+	Proxies           []string      `name:"proxies" help:"URLs, https://HOST:PORT, of proxies that this server dials because they cannot dial it; each waits on its link-addr; the port is 3005 where there is none (roles with a server only)"`
+	LinkAddr          string        `name:"link-addr" help:"address that a proxy waits for its servers on, with mutual TLS, where it cannot dial them; they list it in proxies; empty: it dials (cloister proxy only)"`
 	NodeAddr          string        `name:"node-addr" help:"address that proxies and other nodes reach a joined node on, with mutual TLS; empty where none can: then its traffic goes by way of the server"`
 	NodeAddress       string        `name:"node-address" help:"HOST or HOST:PORT of node-addr as other machines reach it; default: this machine's address on its way to the server"`
 	NodeLabels        []string      `name:"node-labels" help:"labels of this node, as KEY=VALUE"`
@@ -96,6 +98,7 @@ type Config struct {
 	LogFormat       string        `name:"log-format" help:"auto (text on a terminal, else JSON), text or json"`
 	OTLPEndpoint    string        `name:"otlp-endpoint" help:"URL that OpenTelemetry traces are sent to by OTLP over HTTP; empty switches it off"`
 	ShutdownGrace   time.Duration `name:"shutdown-grace" help:"how long requests under way may take after a stop was asked for"`
+	ProxyDrainDelay time.Duration `name:"proxy-drain-delay" help:"how long a proxy that was told to stop goes on taking connections, with 503 on /readyz, so that load balancers see it before; a second signal ends it (cloister proxy only)"`
 	EventsKept      time.Duration `name:"events-kept" help:"how long events are kept"`
 	EventsKeptCount int           `name:"events-kept-count" help:"how many events are kept at most"`
 }
@@ -131,7 +134,7 @@ func Default() *Config {
 		LifecyclePauseGrace: 5 * time.Second, LifecycleRecheck: time.Second,
 		NodeHeartbeat: 2 * time.Second, NodeDownAfter: 15 * time.Second,
 		NetworkRange: "10.231.0.0/16", NetworkDeny: []string{"10.0.0.0/8", "100.64.0.0/10", "172.16.0.0/12", "192.168.0.0/16"},
-		LogLevel: "info", LogFormat: "auto", ShutdownGrace: 10 * time.Second,
+		LogLevel: "info", LogFormat: "auto", ShutdownGrace: 10 * time.Second, ProxyDrainDelay: 5 * time.Second,
 		EventsKept: 30 * 24 * time.Hour, EventsKeptCount: 1_000_000,
 	}
 }

@@ -128,6 +128,9 @@ func lastAddr(p netip.Prefix) netip.Addr {
 	return netip.AddrFrom4(b)
 }
 
+// maxDrainDelay bounds ProxyDrainDelay.
+const maxDrainDelay = 10 * time.Minute
+
 // missedBeats is after how many missing reports a node is suspect.
 const missedBeats = 3
 
@@ -144,6 +147,9 @@ func (c *Config) validateOperation() error {
 	}
 	if c.ShutdownGrace < 0 {
 		errs = append(errs, fmt.Errorf("shutdown-grace %s: want 0 or more", c.ShutdownGrace))
+	}
+	if c.ProxyDrainDelay < 0 || c.ProxyDrainDelay > maxDrainDelay {
+		errs = append(errs, fmt.Errorf("proxy-drain-delay %s: want 0s to %s", c.ProxyDrainDelay, maxDrainDelay))
 	}
 	if c.NodeHeartbeat < 100*time.Millisecond || c.NodeHeartbeat > time.Minute {
 		errs = append(errs, fmt.Errorf("node-heartbeat %s: want 100ms to 1m", c.NodeHeartbeat))

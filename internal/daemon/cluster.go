@@ -33,6 +33,8 @@ type clusterRole struct {
 	// address is where the port is, as the settings say; advertised is what others are told, from the settings or found out.
 	address, advertise string
 	life               time.Duration
+	// proxies are the addresses of those that this server dials.
+	proxies []string
 
 	mu       sync.Mutex
 	listener net.Listener
@@ -55,7 +57,12 @@ func (d *daemon) newCluster(ctx context.Context, st *store.Store) (*clusterRole,
 		return nil, fmt.Errorf("make the server's certificate: %w", err)
 	}
 	identity.Denied = st.Denied
+	proxies, err := d.cfg.ProxyAddresses()
+	if err != nil {
+		return nil, err
+	}
 	c := &clusterRole{
+		proxies:   proxies,
 		authority: authority, identity: identity, log: d.log, address: d.cfg.ClusterAddr, advertise: d.cfg.ClusterAdvertise,
 		life: d.cfg.CertificateLife, opened: make(chan net.Listener, 1),
 	}
@@ -185,6 +192,9 @@ func (c *clusterRole) start(ctx context.Context, loops *errgroup.Group) {
 			return c.hub.Serve(ctx, l)
 		}
 	})
+	for _, address := range c.proxies {
+		loops.Go(func() error { return c.hub.Dial(ctx, sandbox.RoleProxy, address) })
+	}
 	loops.Go(func() error { c.renew(ctx); return nil })
 }
 

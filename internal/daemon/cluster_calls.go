@@ -6,6 +6,9 @@ import (
 	"net/http"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promauto"
+
 	"github.com/cloister-dev/cloister/internal/auth"
 	"github.com/cloister-dev/cloister/internal/gen/cluster/v1/clusterv1connect"
 	"github.com/cloister-dev/cloister/internal/gen/node/v1/nodev1connect"
@@ -27,11 +30,14 @@ func (d *daemon) buildCluster(ctx context.Context) error {
 	serve(path, h, sandbox.RoleNode, sandbox.RoleProxy)
 	joins.Handle(clusterv1connect.NewJoinServiceHandler(ctl))
 	c.hub = link.NewHub(link.HubConfig{
-		Self: c.identity.Member(), TLS: c.identity.ServerTLS(), JoinTLS: c.identity.JoinTLS(), Identify: auth.MemberOf,
+		Self: c.identity.Member(), TLS: c.identity.ServerTLS(), ClientTLS: c.identity.ClientTLS, JoinTLS: c.identity.JoinTLS(), Identify: auth.MemberOf,
 		Join: joins, RPC: calls, Logger: d.log, OnUp: d.linkUp, OnDown: d.linkDown,
 	})
 	c.links = &links{hub: c.hub, reach: link.NewReach(link.ReachConfig{TLS: c.identity.ClientTLS, Via: c.hub}), route: ctl.NodeRoute}
 	d.server.fleet.links.Store(c.links)
+	promauto.With(d.metrics).NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "cloister_listed_proxies_missing", Help: "Proxies of the setting proxies that do not report; nothing counts as idle meanwhile.",
+	}, func() float64 { return float64(ctl.ProxiesMissing()) })
 	expected, err := d.membersExpected(ctx)
 	if err != nil || !expected {
 		return err
@@ -65,6 +71,9 @@ func (d *daemon) membersExpected(ctx context.Context) (bool, error) {
 func (d *daemon) linkUp(p link.Peer) {
 	if p.Role == sandbox.RoleNode {
 		d.server.control.NodeReachable(sandbox.NodeID(p.ID))
+	}
+	if p.Dialed != "" {
+		d.server.control.ProxyReached(p.Dialed, p.ID)
 	}
 }
 

@@ -62,6 +62,18 @@ func (r Roles) joined() (role sandbox.Role, ok bool) {
 	return sandbox.RoleProxy, true
 }
 
+// Check refuses settings that the roles have no use for, and that would be taken to work. Errors: ErrInvalid, with the setting.
+func (r Roles) Check(cfg *config.Config) error {
+	role, joined := r.joined()
+	switch {
+	case joined && len(cfg.Proxies) > 0:
+		return sandbox.Invalidf("proxies %q: a server dials proxies, this is a %s; set it on the server and leave it out here", cfg.Proxies, role)
+	case cfg.LinkAddr != "" && role != sandbox.RoleProxy:
+		return sandbox.Invalidf("link-addr %q: only `cloister proxy` waits for its servers; leave it out here, and list the proxies' URLs in proxies of the server", cfg.LinkAddr)
+	}
+	return nil
+}
+
 // daemon is one running process.
 type daemon struct {
 	cfg     *config.Config
@@ -93,6 +105,9 @@ type daemon struct {
 // Run runs the roles on this machine until ctx ends. Sandboxes outlive it. Errors: ErrConflict when the data directory
 // is in use, or is one of another role.
 func Run(ctx context.Context, cfg *config.Config, opt Options) (err error) {
+	if err := opt.Roles.Check(cfg); err != nil {
+		return err
+	}
 	held, err := acquire(ctx, cfg.DataDir, opt.Version)
 	if err != nil {
 		return err
@@ -169,7 +184,7 @@ func (d *daemon) serve(ctx context.Context) error {
 	}
 	frontCtx, stopFronts := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopFronts()
-	defer context.AfterFunc(ctx, func() { d.depart(loopCtx); stopFronts() })()
+	defer context.AfterFunc(ctx, func() { d.depart(loopCtx); d.linger(frontCtx); stopFronts() })()
 	fronts, frontCtx := errgroup.WithContext(frontCtx)
 	context.AfterFunc(loopCtx, stopFronts)
 	err := d.awaitNode(frontCtx)

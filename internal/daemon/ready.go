@@ -5,6 +5,9 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"os"
+	"os/signal"
+	"syscall"
 	"time"
 
 	"github.com/cloister-dev/cloister/internal/proxy"
@@ -30,6 +33,25 @@ func (d *daemon) depart(ctx context.Context) {
 	defer cancel()
 	if err := d.proxy.table.Leave(ctx); err != nil {
 		d.log.WarnContext(ctx, "the server was not told that this proxy ends", slog.Any("err", err))
+	}
+}
+
+// linger has a proxy that joined go on for a while after depart, so that whoever asks /readyz now and then sends it no more before its
+// listener closes. A signal ends it, or ctx.
+func (d *daemon) linger(ctx context.Context) {
+	if d.proxy == nil || d.proxy.table == nil || d.cfg.ProxyDrainDelay == 0 {
+		return
+	}
+	again := make(chan os.Signal, 1)
+	signal.Notify(again, os.Interrupt, syscall.SIGTERM)
+	defer signal.Stop(again)
+	d.log.InfoContext(ctx, "taking connections for a while longer, as proxy-drain-delay says; another signal ends that", slog.Duration("for", d.cfg.ProxyDrainDelay))
+	wait := time.NewTimer(d.cfg.ProxyDrainDelay)
+	defer wait.Stop()
+	select {
+	case <-ctx.Done():
+	case <-again:
+	case <-wait.C:
 	}
 }
 

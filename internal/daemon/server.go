@@ -59,7 +59,7 @@ func (d *daemon) buildServer(ctx context.Context) error {
 			Bucket:            d.cfg.S3Bucket != "",
 			TemplatePlacement: d.cfg.PlacementCount(),
 		},
-		Authority: d.cluster.authority, Members: st, Tokens: st, Gate: d.cluster, CertificateLife: d.cfg.CertificateLife, CertificateGrace: orNone(d.cfg.CertificateGrace), Presences: st,
+		Authority: d.cluster.authority, Members: st, Tokens: st, Gate: d.cluster, CertificateLife: d.cfg.CertificateLife, CertificateGrace: orNone(d.cfg.CertificateGrace), Presences: st, Listed: d.cluster.proxies,
 		Policy:    policy,
 		UploadDir: d.path("server", "uploads"),
 		About:     control.About{Version: d.version, APIURL: d.cfg.PublicAPIURL, ProxyURL: d.cfg.PublicProxyURL, Ready: d.ready.Load},
