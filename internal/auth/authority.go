@@ -29,6 +29,8 @@ const (
 	maxRequest = 4096
 	// maxChain bounds the certificates that a member shows of itself, in bytes; two have about 1500.
 	maxChain = 16 << 10
+	// memberBackdate allows for clocks that are behind, which machines without a time server have by hours.
+	memberBackdate = 24 * time.Hour
 )
 
 var clusterIDForm = regexp.MustCompile(`^[a-z0-9][a-z0-9-]{0,62}$`)
@@ -197,7 +199,7 @@ func (a *Authority) ReadPast(certPEM, request []byte, grace time.Duration, now t
 	if ago := now.Sub(leaf.NotAfter); ago > grace {
 		return sandbox.PastCertificate{}, sandbox.Deniedf("the certificate of %s ended %s ago, more than %s: join again with a new token", m, ago.Round(time.Second), grace)
 	}
-	return sandbox.PastCertificate{Member: m, Serial: SerialText(leaf.SerialNumber), IssuedAt: leaf.NotBefore.Add(backdate), ExpiresAt: leaf.NotAfter}, nil
+	return sandbox.PastCertificate{Member: m, Serial: SerialText(leaf.SerialNumber), IssuedAt: leaf.NotBefore.Add(memberBackdate), ExpiresAt: leaf.NotAfter}, nil
 }
 
 // requestKey returns the key of a request that proves to have been made with it.
@@ -226,7 +228,7 @@ func newTemplate(name pkix.Name, life time.Duration) (*x509.Certificate, error) 
 		return nil, err
 	}
 	now := time.Now().UTC().Truncate(time.Second)
-	return &x509.Certificate{SerialNumber: serial, Subject: name, NotBefore: now.Add(-backdate), NotAfter: now.Add(life)}, nil
+	return &x509.Certificate{SerialNumber: serial, Subject: name, NotBefore: now.Add(-memberBackdate), NotAfter: now.Add(life)}, nil
 }
 
 // roleName is the DNS name that every member of a role has.

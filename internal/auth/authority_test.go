@@ -122,7 +122,7 @@ func TestSign(t *testing.T) {
 	if leaf.IsCA || leaf.KeyUsage&x509.KeyUsageCertSign != 0 || !certs[1].MaxPathLenZero {
 		t.Error("a leaf could sign other certificates")
 	}
-	if !expires.Equal(leaf.NotAfter) || time.Until(expires) > time.Hour || time.Since(leaf.NotBefore) < backdate {
+	if !expires.Equal(leaf.NotAfter) || time.Until(expires) > time.Hour || time.Since(leaf.NotBefore) < memberBackdate {
 		t.Errorf("valid from %s to %s, said to end at %s", leaf.NotBefore, leaf.NotAfter, expires)
 	}
 	roots := x509.NewCertPool()

@@ -316,7 +316,7 @@ func (i *Identity) RenewAt(now time.Time, random float64) time.Time {
 	if h.cert == nil {
 		return now
 	}
-	life := h.cert.Leaf.NotAfter.Sub(h.cert.Leaf.NotBefore.Add(backdate))
+	life := h.cert.Leaf.NotAfter.Sub(h.cert.Leaf.NotBefore.Add(memberBackdate))
 	at := h.kept.ReceivedAt.Add(time.Duration(float64(life) * (renewFrom + (renewTo-renewFrom)*random)))
 	if at.Before(now) {
 		return now
