@@ -90,6 +90,9 @@ func (c *check) fail(rule, id, machine, format string, args ...any) {
 func (c *check) box(b Box) {
 	s, known := c.view.Sandboxes[b.ID]
 	ended := !known || sandbox.State(s.State).Ended()
+	if b.Pauses && s.State == "paused" && b.mayEnd(c.promises.Now) {
+		return
+	}
 	switch {
 	case ended && (b.Belief == Doomed || b.mayEnd(c.promises.Now)):
 	case b.mustEnd(c.promises.Now):

@@ -82,6 +82,12 @@ func TestCheck(t *testing.T) {
 		{"late", func(p *Promises, _ *View) {
 			p.Boxes[1] = Box{ID: "r", Belief: Running, Ends: p.Now.Add(-time.Hour), EndsBy: p.Now.Add(-time.Hour)}
 		}, []string{"late"}},
+		{"paused in time", func(p *Promises, _ *View) {
+			p.Boxes[2] = Box{ID: "p", Belief: Running, Pauses: true, Ends: p.Now, EndsBy: p.Now}
+		}, nil},
+		{"paused early", func(p *Promises, _ *View) {
+			p.Boxes[2] = Box{ID: "p", Belief: Running, Pauses: true, Ends: p.Now.Add(time.Hour), EndsBy: p.Now.Add(time.Hour)}
+		}, []string{"lost"}},
 		{"soon over", func(p *Promises, _ *View) {
 			p.Boxes[1] = Box{ID: "r", Belief: Running, Ends: p.Now.Add(-time.Hour), EndsBy: p.Now}
 		}, nil},

@@ -33,6 +33,8 @@ type Box struct {
 	Excused bool
 	// Ends is when it is to end by itself, and EndsBy when at the latest where nothing is in the way; zero means not soon.
 	Ends, EndsBy time.Time
+	// Pauses means that it is paused then.
+	Pauses bool
 	// Tried and Written are the numbers that were to be appended to its file, and those of which that was acknowledged.
 	Tried   int
 	Written []int

@@ -67,11 +67,11 @@ func (u *user) do(ctx context.Context, l *Ledger, slot int, verb Verb) (Verb, Bo
 	case !ok:
 		verb = Create
 		b, err = u.create(ctx, l, slot)
-	case verb == Look:
-		err = u.look(ctx, l, slot, b)
 	case verb == End || b.Belief == Doomed:
 		verb = End
 		err = u.kill(ctx, l, slot, b)
+	case verb == Look:
+		err = u.look(ctx, l, slot, b)
 	case verb == Toggle || b.Belief == Unsure:
 		verb = Toggle
 		err = u.toggle(ctx, l, slot, b)
@@ -95,13 +95,14 @@ func (u *user) create(ctx context.Context, l *Ledger, slot int) (Box, error) {
 	}
 	s, err := u.api.CreateSandbox(ctx, client.CreateSandbox{
 		Metadata: map[string]string{tagKey: tag}, TimeoutSeconds: int64(life / time.Second), Resources: client.Resources{MemoryBytes: u.memory},
+		AutoPause: pauses(slot),
 	})
 	if err != nil {
 		return Box{}, fmt.Errorf("create: %w", err)
 	}
 	b := Box{ID: s.ID, Tag: tag, Token: s.AccessToken, Belief: Running}
 	if life == briefLife {
-		b.Ends, b.EndsBy = asked.Add(life), time.Now().Add(life)
+		b.Ends, b.EndsBy, b.Pauses = asked.Add(life), time.Now().Add(life), pauses(slot)
 	}
 	l.Set(slot, b)
 	return b, nil
@@ -119,6 +120,11 @@ func (u *user) look(ctx context.Context, l *Ledger, slot int, b Box) error {
 	case ended && b.mayEnd(began):
 		l.Drop(slot, true)
 		return nil
+	case b.Pauses && err == nil && s.State == string(sandbox.StatePaused):
+		if !b.mayEnd(began) {
+			return fmt.Errorf("%w: paused by %s", errEarly, b.Ends.Sub(began))
+		}
+		return u.kill(ctx, l, slot, b)
 	case ended && err == nil && s.State == string(sandbox.StateLost): // its node may come back with it
 		return nil
 	case ended:

@@ -276,6 +276,9 @@ func (p *planner) load() [][]Operation {
 // brief reports whether the sandboxes of a slot have a brief life, whose end is looked for.
 func brief(slot int) bool { return slot%briefEvery == briefEvery-1 }
 
+// pauses reports whether those of a brief life are paused at their end.
+func pauses(slot int) bool { return slot%(2*briefEvery) == 2*briefEvery-1 }
+
 // verb draws what is done next. Every second slot is in no hurry: what is paused there is paused for long.
 func (p *planner) verb(slot int) Verb {
 	toggle, end := 33, 12

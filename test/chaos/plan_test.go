@@ -2,6 +2,7 @@ package chaos
 
 import (
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -71,6 +72,24 @@ func TestPlanWithoutClocks(t *testing.T) {
 	}
 	if diff := cmp.Diff(Make(3, s), with); diff != "" {
 		t.Errorf("another plan without clocks:\n%s", diff)
+	}
+}
+
+// The run that test/script/test-all makes has every fault at every kind of machine.
+func TestPlanOfCI(t *testing.T) {
+	const seed = 5
+	role := func(name string) string { return strings.TrimRight(name, "0123456789") }
+	have := map[card]bool{}
+	for _, r := range Make(seed, Setup{Total: time.Minute, Nodes: 3, Slots: 12, Clock: true}) {
+		for _, f := range r.Faults {
+			have[card{f.Kind, role(f.Target), role(f.Peer)}] = true
+		}
+	}
+	all := append(deck(), card{Drain, "node", ""}, card{Clock, "node", ""}, card{Clock, "server", ""}, card{Clock, "proxy", ""})
+	for _, c := range all {
+		if !have[c] {
+			t.Errorf("no %+v in a minute of seed %d", c, seed)
+		}
 	}
 }
 
