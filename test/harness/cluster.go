@@ -101,10 +101,10 @@ func build(tb testing.TB, dir, to string) {
 // Client returns a client of the server.
 func (c *Cluster) Client() *client.Client { return c.Server.Client() }
 
-// Token makes a join token for one machine.
-func (c *Cluster) Token(role string) client.CreatedToken {
+// Token makes a join token for one machine, with further flags of `cloister token create`.
+func (c *Cluster) Token(role string, flags ...string) client.CreatedToken {
 	c.tb.Helper()
-	out, code := c.Server.CLI(c.tb.Context(), "token", "create", "--role", role, "-o", "json")
+	out, code := c.Server.CLI(c.tb.Context(), append([]string{"token", "create", "--role", role, "-o", "json"}, flags...)...)
 	var token client.CreatedToken
 	if err := json.Unmarshal([]byte(out), &token); code != 0 || err != nil {
 		c.tb.Fatalf("token create: exit code %d, %v: %s", code, err, out)

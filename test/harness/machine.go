@@ -97,10 +97,10 @@ func (m *Machine) Start(args ...string) {
 	}
 }
 
-// Again starts what was started last with the same arguments.
-func (m *Machine) Again() {
+// Again starts what was started last with the same arguments, and more.
+func (m *Machine) Again(more ...string) {
 	m.lab.tb.Helper()
-	m.Start(m.starts[len(m.starts)-1]...)
+	m.Start(slices.Concat(m.starts[len(m.starts)-1], more)...)
 }
 
 // Upgrade starts what was started last from a program of the machine's own, as after its file was replaced.

@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/cloister-dev/cloister/internal/client"
 	"github.com/cloister-dev/cloister/test/harness"
@@ -19,8 +20,13 @@ func TestClusterDrain(t *testing.T) {
 	work(t, c, proxy, s.ID)
 
 	t.Run("restart", func(t *testing.T) {
-		all := busy(t, c, s.ID)
+		all, open := busy(t, c, s.ID), streamFrom(t, proxy, s.ID)
 		one.Signal(os.Interrupt)
+		select { // a stream runs through the node's process: it breaks, at once and not by silence
+		case <-open.done:
+		case <-time.After(10 * time.Second):
+			t.Error("a stream to a sandbox whose node's process has ended hangs")
+		}
 		one.Again()
 		c.Wait("the node to be back", func(ctx context.Context) bool { return nodeState(ctx, c, one) == "ready" })
 		if got := sentriesIn(t, c, s.ID); len(got) == 0 {

@@ -28,44 +28,103 @@ func try(t *testing.T, m *harness.Machine, args ...string) (string, int) {
 
 // TestClusterJoin has machines refused, each for its reason, and others come, return and go.
 func TestClusterJoin(t *testing.T) {
-	c := harness.NewCluster(t, harness.Shape{Nodes: 2, Proxies: 1, Programs: []string{workloadDir}})
+	c := harness.NewCluster(t, harness.Shape{Nodes: 2, Proxies: 1, Programs: []string{workloadDir}, Flags: hasty()})
 	at := net.JoinHostPort(c.Server.Addr.String(), "3003")
-	stranger := c.Lab.Machine("stranger")
-	fresh, used, revoked, proxy := c.Token("node"), c.Token("node"), c.Token("node"), c.Token("proxy")
+	fresh, used := c.Token("node"), c.Token("node")
+	late := c.Lab.Machine("late")
+	late.Start("join", at, "--token", used.Text)
+	t.Run("refused", func(t *testing.T) { joinsRefused(t, c, used.Text, fresh.Text) })
+	t.Run("again", func(t *testing.T) {
+		late.Kill()
+		late.Again() // the token is used up, and is this machine's
+		c.Wait("the node that joined twice", func(ctx context.Context) bool { return nodeState(ctx, c, late) == "ready" })
+		out, code := try(t, late, "join", at, "--token", c.Token("proxy").Text, "--role", "proxy", "--detach")
+		t.Logf("second identity: %s", out)
+		if code == 0 || !strings.Contains(out, "leave") {
+			t.Errorf("a second identity: exit code %d, %q; want to be told what to do", code, out)
+		}
+		if out, code = try(t, late, "join", at, "--token", used.Text); code != 0 || !strings.Contains(out, "already node") {
+			t.Errorf("joined again while it runs: exit code %d, %q", code, out)
+		}
+	})
+	t.Run("broken off", func(t *testing.T) { brokenOff(t, c, at, fresh.Text) })
+	t.Run("without its disk", func(t *testing.T) { withoutDisk(t, c, c.Nodes[1]) })
+	t.Run("removed", func(t *testing.T) { removed(t, c, late) })
+}
+
+// joinsRefused looks at what a machine is told that may not join: which it was, and what to do.
+func joinsRefused(t *testing.T, c *harness.Cluster, used, fresh string) {
+	t.Helper()
+	revoked, short := c.Token("node"), c.Token("node", "--ttl", "1s")
 	if out, code := c.Server.CLI(t.Context(), "token", "revoke", revoked.ID); code != 0 {
 		t.Fatalf("revoke: %s", out)
 	}
-	c.Join(c.Lab.Machine("other"), "proxy", "--token", proxy.Text)
-	late := c.Lab.Machine("late")
-	late.Start("join", at, "--token", used.Text)
-	parts := strings.Split(fresh.Text, ".")
-	parts[1] = strings.Repeat("0", len(parts[1]))
-	for _, tc := range []struct{ name, token, want string }{
-		{"other authority", strings.Join(parts, "."), "not of the cluster"},
-		{"used up", used.Text, "used"},
-		{"revoked", revoked.Text, "revoked"},
-		{"another role", c.Token("proxy").Text, "proxy"},
-		{"not a token", "v1.nothing", "token"},
-		{"another secret", fresh.Text[:len(fresh.Text)-4] + "0000", "token"},
+	at, stranger := net.JoinHostPort(c.Server.Addr.String(), "3003"), c.Lab.Machine("stranger")
+	otherAuthority, otherID := strings.Split(fresh, "."), strings.Split(fresh, ".")
+	otherAuthority[1] = strings.Repeat("0", len(otherAuthority[1]))
+	otherID[2] = strings.Repeat("0", len(otherID[2]))
+	c.Wait("the end of a token", func(context.Context) bool { return time.Now().After(short.ExpiresAt) })
+	for _, tc := range []struct {
+		name, at, token, want string
+		more                  []string
+	}{
+		{"other authority", at, strings.Join(otherAuthority, "."), "not of the cluster", nil},
+		{"unknown", at, strings.Join(otherID, "."), "does not exist", nil},
+		{"used up", at, used, "is used up: it let in node/", nil},
+		{"revoked", at, revoked.Text, "was revoked on", nil},
+		{"expired", at, short.Text, "expired on", nil},
+		{"another role", at, c.Token("proxy").Text, "is for a proxy, not for a node", nil},
+		{"not a token", at, "v1.nothing", "token", nil},
+		{"another secret", at, fresh[:len(fresh)-4] + "0000", "its secret is wrong", nil},
+		{"name of another", at, fresh, "already, which is ready: choose another with --name", []string{"--name", c.Nodes[0].Name}},
+		{"server", at, fresh, "a cluster has one server", []string{"--role", "server"}},
+		{"nobody there", net.JoinHostPort(c.Server.Addr.String(), "9"), fresh, "nobody answers there", nil},
 	} {
-		out, code := try(t, stranger, "join", at, "--token", tc.token, "--detach")
+		out, code := try(t, stranger, append([]string{"join", tc.at, "--token", tc.token, "--detach"}, tc.more...)...)
 		t.Logf("%s: %s", tc.name, out)
 		if code == 0 || !strings.Contains(out, tc.want) {
 			t.Errorf("%s: exit code %d, %q; want %q in it", tc.name, code, out, tc.want)
 		}
 	}
-	t.Run("again", func(t *testing.T) {
-		late.Kill()
-		late.Again() // the token is used up, and is this machine's
-		c.Wait("the node that joined twice", func(ctx context.Context) bool { return nodeState(ctx, c, late) == "ready" })
-		out, code := try(t, late, "join", at, "--token", proxy.Text, "--role", "proxy", "--detach")
-		t.Logf("second identity: %s", out)
-		if code == 0 || !strings.Contains(out, "leave") {
-			t.Errorf("a second identity: exit code %d, %q; want to be told what to do", code, out)
+	if out, code := c.Server.CLI(t.Context(), "token", "ls"); code != 0 || !strings.Contains(out, "expired") || !strings.Contains(out, "revoked") {
+		t.Errorf("token ls: exit code %d\n%s", code, out)
+	}
+}
+
+// withoutDisk has a machine return that lost everything it had: under its name it is a new node, which the operator or the
+// token has to say. What it had paused goes on elsewhere.
+func withoutDisk(t *testing.T, c *harness.Cluster, m *harness.Machine) {
+	t.Helper()
+	paused, before := sandboxOn(t, c, m), mustNode(t, c, m)
+	if _, err := c.Client().PauseSandbox(t.Context(), paused.ID, ""); err != nil {
+		t.Fatal(err)
+	}
+	c.Wait("a copy of the paused sandbox", func(context.Context) bool { return guarded(t, c, paused.ID) })
+	m.Kill()
+	if out, code := m.CLI(t.Context(), "down", "--purge"); code != 0 {
+		t.Fatalf("purge: exit code %d, %s", code, out)
+	}
+	c.Wait("the node to be down", func(ctx context.Context) bool { return nodeState(ctx, c, m) == "down" })
+	at := net.JoinHostPort(c.Server.Addr.String(), "3003")
+	out, code := try(t, m, "join", at, "--token", c.Token("node").Text, "--name", m.Name, "--detach")
+	t.Logf("without its disk: %s", out)
+	for _, want := range []string{before.ID, "down since", "cloister node rm " + m.Name, "--replace"} {
+		if code == 0 || !strings.Contains(out, want) {
+			t.Errorf("the name of a node that is down: exit code %d, %q; want %q in it", code, out, want)
 		}
-	})
-	t.Run("broken off", func(t *testing.T) { brokenOff(t, c, at, fresh.Text) })
-	t.Run("removed", func(t *testing.T) { removed(t, c, late) })
+	}
+	c.Join(m, "node", "--token", c.Token("node", "--replace").Text)
+	c.Wait("the new node of that name", func(ctx context.Context) bool { return nodeState(ctx, c, m) == "ready" })
+	if now := mustNode(t, c, m); now.ID == before.ID {
+		t.Errorf("the machine without its disk is node %s again", now.ID)
+	}
+	if _, err := c.Client().Node(t.Context(), before.ID); err == nil {
+		t.Error("the old node is still there")
+	}
+	got, err := c.Client().GetSandbox(t.Context(), paused.ID)
+	if err != nil || got.State != "paused" || got.NodeID == before.ID {
+		t.Errorf("what was paused there: %s on %s, %v", got.State, got.NodeID, err)
+	}
 }
 
 // brokenOff has a machine killed while it joins, which goes on where it was.
@@ -83,6 +142,9 @@ func brokenOff(t *testing.T, c *harness.Cluster, at, token string) {
 	all, err := c.Client().Nodes(t.Context())
 	if err != nil || len(all) != len(c.Nodes)+2 {
 		t.Errorf("%d nodes, %v; want %d", len(all), err, len(c.Nodes)+2)
+	}
+	if id, err := auth.OpenIdentity(filepath.Join(m.DataDir(), "identity")); err != nil || mustNode(t, c, m).ID != id.Member().ID {
+		t.Errorf("its identity: %v, %v", id.Member(), err)
 	}
 	m.Signal(os.Interrupt)
 }

@@ -2,7 +2,10 @@ package hosts_test
 
 import (
 	"context"
+	"errors"
+	"net"
 	"net/http"
+	"syscall"
 	"testing"
 	"time"
 
@@ -12,6 +15,7 @@ import (
 
 // TestClusterRuns makes sandboxes on two nodes that joined, one of them behind address translation, and runs something in each.
 func TestClusterRuns(t *testing.T) {
+	t.Parallel()
 	c := harness.NewCluster(t, harness.Shape{Nodes: 1, Hidden: 1})
 	for i, m := range c.Nodes {
 		other := c.Nodes[1-i]
@@ -32,6 +36,7 @@ func TestClusterRuns(t *testing.T) {
 			t.Fatalf("uncordon %s: %s", other.Name, out)
 		}
 	}
+	seen(t, c, c.Nodes[0])
 	hidden := c.Nodes[1]
 	c.Lab.Isolate(hidden)
 	c.Wait("the cut node to be missed", func(ctx context.Context) bool {
@@ -45,9 +50,39 @@ func TestClusterRuns(t *testing.T) {
 	})
 }
 
+// seen has the server show what changes at a node, with heartbeats as by default, and logs how long each took: its health, its
+// address, and what it runs.
+func seen(t *testing.T, c *harness.Cluster, m *harness.Machine) {
+	t.Helper()
+	s := sandboxOn(t, c, m)
+	shown := func(what string, ok func(ctx context.Context) bool) {
+		began := time.Now()
+		c.Wait(what, ok)
+		t.Logf("%s: shown after %s", what, time.Since(began).Round(time.Millisecond))
+	}
+	for _, pid := range sentries(t, m.DataDir(), s.ID) {
+		if err := syscall.Kill(pid, syscall.SIGKILL); err != nil && !errors.Is(err, syscall.ESRCH) {
+			t.Fatal(err)
+		}
+	}
+	shown("a sandbox that died", func(ctx context.Context) bool {
+		got := state(ctx, c.Server, s.ID)
+		return got != "" && got != "running"
+	})
+	m.Signal(syscall.SIGKILL)
+	shown("a node whose process was killed", func(ctx context.Context) bool { return nodeState(ctx, c, m) != "ready" })
+	moved := net.JoinHostPort(m.Addr.String(), "3014")
+	m.Again("--node-addr", ":3014")
+	shown("a node that is back, at another address", func(ctx context.Context) bool {
+		n, err := c.Node(ctx, m)
+		return err == nil && n.State == "ready" && n.Address == moved
+	})
+}
+
 // TestClusterWithoutServer loses the server's machine: a proxy goes on serving what runs, and the node works by itself. Once the
 // server is back it also carries what the proxy cannot send to the node directly.
 func TestClusterWithoutServer(t *testing.T) {
+	t.Parallel()
 	c := harness.NewCluster(t, harness.Shape{Nodes: 1, Proxies: 1})
 	node, proxy := c.Nodes[0], c.Proxies[0]
 	s, err := c.Client().CreateSandbox(t.Context(), client.CreateSandbox{TimeoutSeconds: 900})

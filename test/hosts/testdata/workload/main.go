@@ -55,6 +55,16 @@ func main() {
 		_ = http.NewResponseController(w).Flush()
 		<-r.Context().Done()
 	})
+	// GET /ticks counts, a line each time, for as long as somebody reads.
+	http.HandleFunc("GET /ticks", func(w http.ResponseWriter, r *http.Request) {
+		tick := time.NewTicker(50 * time.Millisecond)
+		defer tick.Stop()
+		for n := 1; r.Context().Err() == nil; n++ {
+			_, _ = fmt.Fprintln(w, n)
+			_ = http.NewResponseController(w).Flush()
+			<-tick.C
+		}
+	})
 	l, err := net.Listen("tcp", ":8000")
 	if err != nil {
 		log.Fatal(err)
