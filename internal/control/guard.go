@@ -136,6 +136,9 @@ func (c *Control) recoverBox(ctx context.Context, r sandbox.Replica, to sandbox.
 		return nil // it is decided elsewhere; the next round sees what came of it
 	}
 	defer release()
+	if c.noted.doomed(r.ID) {
+		return nil
+	}
 	next := r
 	next.Home, next.Generation, next.Returning = to, r.Generation+1, true
 	next.Holders = slices.DeleteFunc(slices.Clone(r.Holders), func(n sandbox.NodeID) bool { return n == to })

@@ -135,12 +135,17 @@ func (c *Control) away(box sandbox.Sandbox) error {
 // from now on.
 func (c *Control) killLater(ctx context.Context, box sandbox.Sandbox) error {
 	k := sandbox.KillIntent{ID: box.ID, Node: box.NodeID, At: time.Now().UTC()}
+	return c.putKill(ctx, k, "killed while its node did not answer", "killed as soon as its node answers")
+}
+
+// putKill has a sandbox killed wherever it is, also by the next server; reason is what is said of it from now on.
+func (c *Control) putKill(ctx context.Context, k sandbox.KillIntent, reason, told string) error {
 	if err := c.intents.PutKillIntent(ctx, k); err != nil {
-		return fmt.Errorf("kill sandbox %s: %w", box.ID, err)
+		return fmt.Errorf("kill sandbox %s: %w", k.ID, err)
 	}
-	c.noted.setKill(box.ID, &k)
-	c.buried(box.ID, "killed while its node did not answer")
-	c.note(ctx, Event{Type: "kill_wanted", NodeID: box.NodeID, SandboxID: box.ID, Message: "killed as soon as its node answers"})
+	c.noted.setKill(k.ID, &k)
+	c.buried(k.ID, reason)
+	c.note(ctx, Event{Type: "kill_wanted", NodeID: k.Node, SandboxID: k.ID, Message: told})
 	c.strays.kick()
 	return nil
 }

@@ -541,3 +541,61 @@ func TestTemplateSelector(t *testing.T) {
 		t.Errorf("created at %s", box.NodeID)
 	}
 }
+
+// TestKilledOnItsCutOffNode kills a guarded sandbox on its node while no server reaches that, and another brings it back: it ends
+// there too, once the node tells of it.
+func TestKilledOnItsCutOffNode(t *testing.T) {
+	for _, name := range []string{"in time", "brought back", "brought back and resumed", "another server"} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				c, others, box := guarded(t)
+				b, d := others[0], others[1]
+				away := 40 * time.Second
+				if name == "in time" {
+					away = 5 * time.Second
+				}
+				silent(t, c, c.Node, away, b, d)
+				if name == "brought back and resumed" {
+					if _, _, err := c.Control.Connect(t.Context(), box.ID, hour()); err != nil {
+						t.Fatal(err)
+					}
+				}
+				if name == "another server" {
+					c.Restart(t, impatient)
+					running(t, c)
+					c.Join(t, b)
+					c.Join(t, d)
+				}
+				if _, err := c.Node.Kill(t.Context(), &agentv1.KillRequest{Id: string(box.ID)}); err != nil {
+					t.Fatal(err)
+				}
+				c.Join(t, c.Node)
+				if err := c.Report(t, c.Node, false); err != nil {
+					t.Fatal(err)
+				}
+				if _, err := c.Control.Get(t.Context(), box.ID); !errors.Is(err, sandbox.ErrNotFound) {
+					t.Errorf("once its node has told: %v", err)
+				}
+				passWith(t, c, 15*time.Second, c.Node, b, d)
+				for _, n := range []*apitest.Node{c.Node, b, d} {
+					if has := n.Has(box.ID); has != agentv1.State_STATE_UNSPECIFIED {
+						t.Errorf("node %s has it as %s", n.ID, has)
+					}
+				}
+				if left := records(t, c); len(left) > 0 {
+					t.Errorf("records %+v", left)
+				}
+				if left, err := c.Decided.Placements(t.Context()); err != nil || len(left) > 0 {
+					t.Errorf("placements %+v, %v", left, err)
+				}
+				if left, err := c.Decided.KillIntents(t.Context()); err != nil || len(left) > 0 {
+					t.Errorf("to be killed %+v, %v", left, err)
+				}
+				if told, err := c.Control.Events(t.Context(), control.EventQuery{SandboxID: box.ID, Type: "kill_wanted"}); err != nil ||
+					name != "in time" && len(told) != 1 {
+					t.Errorf("events %+v, %v", told, err)
+				}
+			})
+		})
+	}
+}

@@ -190,6 +190,21 @@ func (n *noted) outdated(box *sandbox.Sandbox) bool {
 	return ok && p.Outdates(box.NodeID, box.Generation)
 }
 
+// any reports whether anything is noted of a sandbox that is to go when it ends.
+func (n *noted) any(id sandbox.ID) bool {
+	n.mu.RLock()
+	defer n.mu.RUnlock()
+	_, placed := n.placed[id]
+	_, copied := n.replicas[id]
+	return placed || copied
+}
+
+// elsewhere reports whether a sandbox goes on at another node than the given one.
+func (n *noted) elsewhere(id sandbox.ID, node sandbox.NodeID) bool {
+	p, ok := n.placement(id)
+	return ok && !p.Ended && p.Node != node
+}
+
 // commitPlacement decides where a sandbox is. An error other than ErrConflict means that nobody knows whether it did.
 func (c *Control) commitPlacement(ctx context.Context, p sandbox.Placement) error {
 	p.At = time.Now().UTC()

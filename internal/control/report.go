@@ -83,6 +83,7 @@ func (c *Control) Report(ctx context.Context, req *nodev1.ReportRequest) (*nodev
 	node = sandbox.NodeID(shared(string(node)))
 	c.followClock(ctx, node, timeFromWire(req.GetTime()), now)
 	var last int64
+	var over []ending
 	events := make([]Event, 0, len(req.GetChanges()))
 	named := make(map[sandbox.ID]struct{}, len(req.GetChanges()))
 	for _, change := range req.GetChanges() {
@@ -91,6 +92,9 @@ func (c *Control) Report(ctx context.Context, req *nodev1.ReportRequest) (*nodev
 			return nil, toNode(fmt.Errorf("change %d: %w", change.GetSequence(), err))
 		}
 		named[box.ID] = struct{}{}
+		if box.State.Ended() && c.noted.any(box.ID) {
+			over = append(over, ending{id: box.ID, node: node, killed: change.GetType() == "killed"})
+		}
 		c.take(change.GetType(), &entry{box: box, sequence: change.GetSequence(), epoch: req.GetEpoch()}, now)
 		events = append(events, changeEvent(change, box, now.UTC()))
 		last = max(last, change.GetSequence())
@@ -103,6 +107,9 @@ func (c *Control) Report(ctx context.Context, req *nodev1.ReportRequest) (*nodev
 			return ok || c.index.madeUnder(id, node, req.GetEpoch())
 		})
 		events = append(events, c.markMissing(node, req.GetEpoch(), named, now.UTC())...)
+	}
+	if err := c.concludeEnds(ctx, over); err != nil {
+		return nil, toNode(sandbox.Unavailablef("note what has ended: %v", err))
 	}
 	if len(events) > 0 {
 		if err := c.history.Append(ctx, events); err != nil {
@@ -151,6 +158,9 @@ func (c *Control) take(change string, e *entry, now time.Time) {
 		c.strays.add(*box, now)
 	} else {
 		c.strays.resolve(box.ID, box.NodeID)
+	}
+	if box.State.Ended() && c.noted.elsewhere(box.ID, box.NodeID) {
+		return // what has ended there is not what counts
 	}
 	c.index.apply(e, now)
 	if box.State.Ended() {

@@ -3,6 +3,7 @@ package control
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"math"
 	"slices"
@@ -28,6 +29,37 @@ func (c *Control) endRecords(ctx context.Context, id sandbox.ID) error {
 		c.strays.ended(id) // again
 	}
 	return err
+}
+
+// ending is a sandbox that has ended at a node, as that says.
+type ending struct {
+	id   sandbox.ID
+	node sandbox.NodeID
+	// killed means that somebody wanted it.
+	killed bool
+}
+
+// concludeEnds has what nodes say has ended count in the store, before they are told that they may forget it: nothing brings it
+// back from then on. What was killed on a node that was cut off ends wherever it was brought back meanwhile.
+func (c *Control) concludeEnds(ctx context.Context, all []ending) error {
+	for _, e := range all {
+		if !c.noted.elsewhere(e.id, e.node) {
+			if err := c.endRecords(ctx, e.id); err != nil {
+				return err
+			}
+			continue
+		}
+		if !e.killed || c.noted.doomed(e.id) || c.index.isOver(e.id) {
+			continue
+		}
+		p, _ := c.noted.placement(e.id)
+		k := sandbox.KillIntent{ID: e.id, Node: p.Node, At: time.Now().UTC()}
+		why := fmt.Sprintf("killed on node %s while no server reached that", c.fleet.nameOf(e.node))
+		if err := c.putKill(ctx, k, why, why+": what was brought back on node "+c.fleet.nameOf(p.Node)+" ends"); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // forgetStale has the nodes that answer drop the copies that do not count, once the one that counts is there.
