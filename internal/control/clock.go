@@ -52,10 +52,26 @@ func (k *clocks) note(node sandbox.NodeID, theirs, now time.Time) (ahead, by tim
 func (k *clocks) here(node sandbox.NodeID, t time.Time) time.Time {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if s := k.nodes[node]; s != nil && !t.IsZero() {
-		return t.Add(-s.ahead)
+	if s := k.nodes[node]; s != nil {
+		return moved(t, -s.ahead)
 	}
 	return t
+}
+
+// behind is by how much a clock that shows theirs is behind the one that shows now; 0 where that does no harm or is not told.
+func behind(theirs, now time.Time) time.Duration {
+	if d := now.Round(0).Sub(theirs); !theirs.IsZero() && d.Abs() >= apart {
+		return d
+	}
+	return 0
+}
+
+// moved returns t moved by d; zero stays what it is.
+func moved(t time.Time, d time.Duration) time.Time {
+	if t.IsZero() {
+		return t
+	}
+	return t.Add(d)
 }
 
 // boxFromWire reads what a node says of a sandbox; its end is one by this server's clock.

@@ -5,8 +5,12 @@ import (
 	"testing/synctest"
 	"time"
 
+	"google.golang.org/protobuf/types/known/timestamppb"
+
 	"github.com/cloister-dev/cloister/internal/api/apitest"
 	"github.com/cloister-dev/cloister/internal/control"
+	proxyv1 "github.com/cloister-dev/cloister/internal/gen/proxy/v1"
+	"github.com/cloister-dev/cloister/internal/sandbox"
 )
 
 // TestClocks has the end of a sandbox follow the difference between its node's clock and the server's, once that is sure.
@@ -50,5 +54,23 @@ func TestClocks(t *testing.T) {
 		report()
 		report()
 		expect(0)
+	})
+}
+
+// TestClockOfProxy has uses that a proxy reports count by the server's clock.
+func TestClockOfProxy(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := apitest.NewCluster(t, nil).Control
+		used := time.Now().Add(-time.Minute)
+		for i, ahead := range []time.Duration{-time.Hour, 0, time.Hour} {
+			id := sandbox.NewID("aaaaaa")
+			_, err := c.RouteService(aProxy).Report(t.Context(), &proxyv1.ReportRequest{
+				Sequence: int64(i + 1), Full: true, Time: timestamppb.New(time.Now().Add(ahead)),
+				Activities: []*proxyv1.Activity{{Id: string(id), Last: timestamppb.New(used.Add(ahead))}},
+			})
+			if _, last, _ := c.Activity(id); err != nil || !last.Equal(used) {
+				t.Errorf("a proxy %s ahead: last used %s, want %s; %v", ahead, last, used, err)
+			}
+		}
 	})
 }

@@ -103,13 +103,13 @@ func (s *routeService) Report(ctx context.Context, req *proxyv1.ReportRequest) (
 	if err != nil {
 		return nil, err
 	}
-	all := make([]sandbox.Activity, 0, len(req.GetActivities()))
+	all, behind := make([]sandbox.Activity, 0, len(req.GetActivities())), behind(timeFromWire(req.GetTime()), time.Now())
 	for _, w := range req.GetActivities() {
 		id, err := sandbox.ParseID(w.GetId())
 		if err != nil {
 			return nil, toNode(err)
 		}
-		all = append(all, sandbox.Activity{ID: id, Open: int(w.GetOpen()), Last: timeFromWire(w.GetLast())})
+		all = append(all, sandbox.Activity{ID: id, Open: int(w.GetOpen()), Last: moved(timeFromWire(w.GetLast()), behind)})
 	}
 	acknowledged := s.control.activity.report(proxy, time.Time{}, req.GetSequence(), req.GetFull(), all)
 	if err := s.control.noteProxy(ctx, proxy, req); err != nil {

@@ -82,6 +82,7 @@ func (rp *reporter) send(ctx context.Context) error {
 	self := rp.table.self() // first: requests that are held back since the table's version are not among the activities that follow
 	resp, err := rp.table.server.Report(ctx, &proxyv1.ReportRequest{
 		Sequence: rp.sequence, Activities: activitiesToWire(rp.traffic.Activities(since)), Full: rp.full, Proxy: self, Leaving: rp.leaving,
+		Time: timestamppb.Now(),
 	})
 	if err != nil {
 		rp.full = true

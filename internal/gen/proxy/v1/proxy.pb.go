@@ -717,7 +717,9 @@ type ReportRequest struct {
 	Proxy *Proxy `protobuf:"bytes,4,opt,name=proxy,proto3" json:"proxy,omitempty"`
 	// The proxy takes no new requests and will end: the answer comes once it is registered no more. It may report until it has
 	// ended.
-	Leaving       bool `protobuf:"varint,5,opt,name=leaving,proto3" json:"leaving,omitempty"`
+	Leaving bool `protobuf:"varint,5,opt,name=leaving,proto3" json:"leaving,omitempty"`
+	// What the proxy's clock shows, by which the times of the activities are meant.
+	Time          *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=time,proto3" json:"time,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -785,6 +787,13 @@ func (x *ReportRequest) GetLeaving() bool {
 		return x.Leaving
 	}
 	return false
+}
+
+func (x *ReportRequest) GetTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Time
+	}
+	return nil
 }
 
 // Proxy is what a proxy says of itself.
@@ -990,7 +999,7 @@ const file_proxy_v1_proxy_proto_rawDesc = "" +
 	"\bActivity\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04open\x18\x02 \x01(\x05R\x04open\x12.\n" +
-	"\x04last\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x04last\"\xb4\x01\n" +
+	"\x04last\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x04last\"\xe4\x01\n" +
 	"\rReportRequest\x12\x1a\n" +
 	"\bsequence\x18\x01 \x01(\x03R\bsequence\x122\n" +
 	"\n" +
@@ -998,7 +1007,8 @@ const file_proxy_v1_proxy_proto_rawDesc = "" +
 	"activities\x12\x12\n" +
 	"\x04full\x18\x03 \x01(\bR\x04full\x12%\n" +
 	"\x05proxy\x18\x04 \x01(\v2\x0f.proxy.v1.ProxyR\x05proxy\x12\x18\n" +
-	"\aleaving\x18\x05 \x01(\bR\aleaving\"\xef\x01\n" +
+	"\aleaving\x18\x05 \x01(\bR\aleaving\x12.\n" +
+	"\x04time\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\"\xef\x01\n" +
 	"\x05Proxy\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x18\n" +
 	"\aaddress\x18\x02 \x01(\tR\aaddress\x129\n" +
@@ -1060,23 +1070,24 @@ var file_proxy_v1_proxy_proto_depIdxs = []int32{
 	15, // 6: proxy.v1.Activity.last:type_name -> google.protobuf.Timestamp
 	10, // 7: proxy.v1.ReportRequest.activities:type_name -> proxy.v1.Activity
 	12, // 8: proxy.v1.ReportRequest.proxy:type_name -> proxy.v1.Proxy
-	15, // 9: proxy.v1.Proxy.started_at:type_name -> google.protobuf.Timestamp
-	16, // 10: proxy.v1.ReportResponse.within:type_name -> google.protobuf.Duration
-	0,  // 11: proxy.v1.RouteService.Watch:input_type -> proxy.v1.WatchRequest
-	4,  // 12: proxy.v1.RouteService.Lookup:input_type -> proxy.v1.LookupRequest
-	6,  // 13: proxy.v1.RouteService.Wake:input_type -> proxy.v1.WakeRequest
-	8,  // 14: proxy.v1.RouteService.Sign:input_type -> proxy.v1.SignRequest
-	11, // 15: proxy.v1.RouteService.Report:input_type -> proxy.v1.ReportRequest
-	1,  // 16: proxy.v1.RouteService.Watch:output_type -> proxy.v1.WatchResponse
-	5,  // 17: proxy.v1.RouteService.Lookup:output_type -> proxy.v1.LookupResponse
-	7,  // 18: proxy.v1.RouteService.Wake:output_type -> proxy.v1.WakeResponse
-	9,  // 19: proxy.v1.RouteService.Sign:output_type -> proxy.v1.SignResponse
-	13, // 20: proxy.v1.RouteService.Report:output_type -> proxy.v1.ReportResponse
-	16, // [16:21] is the sub-list for method output_type
-	11, // [11:16] is the sub-list for method input_type
-	11, // [11:11] is the sub-list for extension type_name
-	11, // [11:11] is the sub-list for extension extendee
-	0,  // [0:11] is the sub-list for field type_name
+	15, // 9: proxy.v1.ReportRequest.time:type_name -> google.protobuf.Timestamp
+	15, // 10: proxy.v1.Proxy.started_at:type_name -> google.protobuf.Timestamp
+	16, // 11: proxy.v1.ReportResponse.within:type_name -> google.protobuf.Duration
+	0,  // 12: proxy.v1.RouteService.Watch:input_type -> proxy.v1.WatchRequest
+	4,  // 13: proxy.v1.RouteService.Lookup:input_type -> proxy.v1.LookupRequest
+	6,  // 14: proxy.v1.RouteService.Wake:input_type -> proxy.v1.WakeRequest
+	8,  // 15: proxy.v1.RouteService.Sign:input_type -> proxy.v1.SignRequest
+	11, // 16: proxy.v1.RouteService.Report:input_type -> proxy.v1.ReportRequest
+	1,  // 17: proxy.v1.RouteService.Watch:output_type -> proxy.v1.WatchResponse
+	5,  // 18: proxy.v1.RouteService.Lookup:output_type -> proxy.v1.LookupResponse
+	7,  // 19: proxy.v1.RouteService.Wake:output_type -> proxy.v1.WakeResponse
+	9,  // 20: proxy.v1.RouteService.Sign:output_type -> proxy.v1.SignResponse
+	13, // 21: proxy.v1.RouteService.Report:output_type -> proxy.v1.ReportResponse
+	17, // [17:22] is the sub-list for method output_type
+	12, // [12:17] is the sub-list for method input_type
+	12, // [12:12] is the sub-list for extension type_name
+	12, // [12:12] is the sub-list for extension extendee
+	0,  // [0:12] is the sub-list for field type_name
 }
 
 func init() { file_proxy_v1_proxy_proto_init() }
