@@ -116,19 +116,17 @@ func (u *user) look(ctx context.Context, l *Ledger, slot int, b Box) error {
 	began := time.Now() // what is answered may have been so since then
 	s, err := u.api.GetSandbox(ctx, b.ID)
 	ended := client.IsNotFound(err) || err == nil && sandbox.State(s.State).Ended()
+	state := sandbox.State(s.State)
 	switch {
+	case ended && state == sandbox.StateLost && !b.mayEnd(began): // its node may come back with it
+		return nil
+	case state == sandbox.StateLost || b.Pauses && state == sandbox.StatePaused && b.mayEnd(began):
+		return u.kill(ctx, l, slot, b)
 	case ended && b.mayEnd(began):
 		l.Drop(slot, true)
 		return nil
-	case b.Pauses && err == nil && s.State == string(sandbox.StatePaused):
-		if !b.mayEnd(began) {
-			return fmt.Errorf("%w: paused by %s", errEarly, b.Ends.Sub(began))
-		}
-		return u.kill(ctx, l, slot, b)
-	case ended && err == nil && s.State == string(sandbox.StateLost): // its node may come back with it
-		return nil
-	case ended:
-		return fmt.Errorf("%w: by %s: %s, %v", errEarly, b.Ends.Sub(began), s.Reason, err)
+	case ended, b.Pauses && state == sandbox.StatePaused:
+		return fmt.Errorf("%w: by %s: %s %s, %v", errEarly, b.Ends.Sub(began), s.State, s.Reason, err)
 	}
 	return err
 }
