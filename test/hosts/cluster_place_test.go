@@ -6,10 +6,12 @@ import (
 	"encoding/json"
 	"net"
 	"net/http"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/cloister-dev/cloister/internal/client"
 	"github.com/cloister-dev/cloister/test/harness"
@@ -42,6 +44,58 @@ func TestClusterPlaces(t *testing.T) {
 	})
 	t.Run("asked twice", func(t *testing.T) { askedTwice(t, c) })
 	t.Run("burst", func(t *testing.T) { burst(t, c) })
+	t.Run("placement", func(t *testing.T) { placed(t, c) })
+}
+
+// fetchedBy counts the images that came to machines from others.
+func fetchedBy(machines ...*harness.Machine) int {
+	n := 0
+	for _, m := range machines {
+		n += len(m.LogLines(`"msg":"image fetched"`, 100))
+	}
+	return n
+}
+
+// placed has templates come to nodes before anybody asks for them there: because a policy says so, or because a node joins.
+func placed(t *testing.T, c *harness.Cluster) {
+	t.Helper()
+	if out, code := c.Server.CLI(t.Context(), "sandbox", "kill", "--all"); code != 0 {
+		t.Fatalf("kill --all: %s", out)
+	}
+	joiner := c.Join(c.Lab.Machine("joiner"), "node")
+	began, s := time.Now(), client.Sandbox{}
+	c.Wait("a sandbox on the node that joined", func(ctx context.Context) bool {
+		var err error
+		began = time.Now()
+		s, err = c.Client().CreateSandbox(ctx, client.CreateSandbox{TimeoutSeconds: 900})
+		return err == nil && c.Machine(s.NodeID) == joiner
+	})
+	lines := joiner.LogLines(`"msg":"image fetched"`, 1)
+	var fetched struct{ Time time.Time }
+	if len(lines) != 1 || json.Unmarshal([]byte(lines[0]), &fetched) != nil || fetched.Time.After(began) {
+		t.Errorf("the node that joined was given a sandbox at %s, its template came then: %q; want it before", began, lines)
+	}
+
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "Dockerfile"), []byte("FROM base\nRUN echo built > /tmp/built\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	before := fetchedBy(append(c.Nodes, joiner)...)
+	if out, code := c.Server.CLI(t.Context(), "template", "build", dir, "--name", "app", "--from-template", "base"); code != 0 {
+		t.Fatalf("build: exit code %d, %s", code, out)
+	}
+	for _, step := range []struct {
+		policy string
+		copies int
+	}{{"2", 1}, {"all", 2}} {
+		if out, code := c.Server.CLI(t.Context(), "template", "placement", "app", step.policy); code != 0 {
+			t.Fatalf("placement: exit code %d, %s", code, out)
+		}
+		c.Wait("copies for "+step.policy, func(context.Context) bool { return fetchedBy(append(c.Nodes, joiner)...) >= before+step.copies })
+		if got := fetchedBy(append(c.Nodes, joiner)...) - before; got != step.copies {
+			t.Errorf("placement %s: %d copies were made; want %d", step.policy, got, step.copies)
+		}
+	}
 }
 
 // createWith creates a sandbox with an idempotency key.

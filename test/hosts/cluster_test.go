@@ -3,6 +3,7 @@ package hosts_test
 import (
 	"context"
 	"errors"
+	"io"
 	"net"
 	"net/http"
 	"syscall"
@@ -107,22 +108,32 @@ func TestClusterWithoutServer(t *testing.T) {
 	c.Lab.Heal()
 }
 
-// healthy asks the agent in a sandbox through a machine's proxy how it is.
+// healthy reports whether the agent in a sandbox answers through a machine's proxy.
 func healthy(ctx context.Context, proxy *harness.Machine, id string) bool {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
+	return askAgent(ctx, proxy, id) == nil
+}
+
+// askAgent asks the agent in a sandbox through a machine's proxy how it is, and returns an error where it does not say that it
+// is well.
+func askAgent(ctx context.Context, proxy *harness.Machine, id string) error {
 	h := proxy.HTTP()
 	defer h.CloseIdleConnections()
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://127.0.0.1:3002/health", http.NoBody)
 	if err != nil {
-		return false
+		return err
 	}
 	req.Header.Set("E2b-Sandbox-Id", id)
 	req.Header.Set("E2b-Sandbox-Port", "49983")
 	resp, err := h.Do(req)
 	if err != nil {
-		return false
+		return err
 	}
 	defer func() { _ = resp.Body.Close() }()
-	return resp.StatusCode == http.StatusNoContent
+	text, err := io.ReadAll(resp.Body)
+	if err == nil && resp.StatusCode != http.StatusNoContent {
+		err = &answerError{resp.StatusCode, string(text)}
+	}
+	return err
 }
