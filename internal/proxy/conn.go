@@ -18,28 +18,37 @@ const (
 
 //nolint:gochecknoglobals // caches of memory, without meaning
 var (
-	buffers       = newBufferPool(bufferSize)
-	streamBuffers = newBufferPool(streamBufferSize)
+	buffers       largeBuffers
+	streamBuffers smallBuffers
 )
 
-// bufferPool keeps buffers of one size.
-type bufferPool struct {
-	size int
-	pool sync.Pool // of *[]byte
-}
-
-func newBufferPool(size int) *bufferPool { return &bufferPool{size: size} }
+// largeBuffers keeps buffers of bufferSize. What is kept are arrays: a slice cannot be kept without allocating.
+type largeBuffers struct{ pool sync.Pool }
 
 // Get returns a buffer.
-func (p *bufferPool) Get() []byte {
-	if b, ok := p.pool.Get().(*[]byte); ok {
-		return *b
+func (p *largeBuffers) Get() []byte {
+	if b, ok := p.pool.Get().(*[bufferSize]byte); ok {
+		return b[:]
 	}
-	return make([]byte, p.size)
+	return make([]byte, bufferSize)
 }
 
 // Put takes a buffer of Get back.
-func (p *bufferPool) Put(b []byte) { p.pool.Put(&b) }
+func (p *largeBuffers) Put(b []byte) { p.pool.Put((*[bufferSize]byte)(b)) }
+
+// smallBuffers keeps buffers of streamBufferSize, likewise.
+type smallBuffers struct{ pool sync.Pool }
+
+// Get returns a buffer.
+func (p *smallBuffers) Get() []byte {
+	if b, ok := p.pool.Get().(*[streamBufferSize]byte); ok {
+		return b[:]
+	}
+	return make([]byte, streamBufferSize)
+}
+
+// Put takes a buffer of Get back.
+func (p *smallBuffers) Put(b []byte) { p.pool.Put((*[streamBufferSize]byte)(b)) }
 
 // errSandboxEnded says that a sandbox ended while a request to it was open.
 var errSandboxEnded = errors.New("the sandbox ended")

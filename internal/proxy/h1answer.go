@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"runtime"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -27,6 +28,7 @@ func (t *transit) send() error {
 		t.startUpload()
 		t.expect.begin(t.client)
 	}
+	runtime.Gosched() // let the others go first: meanwhile the answer comes, and need not be waited for
 	// A guest may have answered before it closed its end.
 	n, readErr := b.Read(t.in)
 	t.from, t.to = 0, n

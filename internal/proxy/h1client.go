@@ -45,6 +45,8 @@ type clientConn struct {
 	deadline time.Time
 	limited  bool   // deadline is that of the head that is being read
 	out      []byte // for what is written at once
+	known    known
+	fields   []h1.Field // room for those of answers; empty
 
 	state atomic.Int32 // clientIdle to clientClosing
 	watch watch
@@ -188,6 +190,11 @@ func (c *clientConn) answer(ctx context.Context) bool {
 	t := newTransit(c, p)
 	c.out = streamBuffers.Get()[:0]
 	defer c.putOut()
+	if p.trace != nil {
+		spanned, end := p.trace(ctx, string(c.head.Method), c.head.Get)
+		ctx = spanned
+		defer func() { end(t.outcome.status) }()
+	}
 	c.lookOut(t)
 	fail := t.route(ctx)
 	if fail == nil {

@@ -11,18 +11,40 @@ import (
 	"github.com/cloister-dev/cloister/internal/sandbox"
 )
 
-// askOf returns what routing needs of a request's head. It says the same as headOf says of net/http's.
-func askOf(h *h1.Head) (head, error) {
-	q := head{method: methodName(h.Method), fields: h}
-	if err := setTarget(&q, h); err != nil {
+// known is what the requests of a connection have in common, as a rule, kept so that each need not make it anew.
+type known struct {
+	host, path, id, port string
+	ids, ports           [1]string // what they are the only elements of
+}
+
+// longestKnown bounds, in bytes, what a connection keeps of each.
+const longestKnown = 256
+
+// same returns b as a string, which is kept if it is what the request before had.
+func same(kept *string, b []byte) string {
+	switch {
+	case *kept == string(b):
+		return *kept
+	case len(b) > longestKnown:
+		return string(b)
+	}
+	*kept = string(b)
+	return *kept
+}
+
+// askOf returns what routing needs of a request's head, which is good until the connection's next. It says the same as
+// headOf says of net/http's.
+func askOf(h *h1.Head, k *known) (head, error) {
+	q := head{method: methodName(h.Method), fields: h, ids: k.ids[:0], ports: k.ports[:0]}
+	if err := setTarget(&q, h, k); err != nil {
 		return head{}, err
 	}
 	for i := range h.Fields {
 		switch f := &h.Fields[i]; {
 		case h1.Is(f.Name, "e2b-sandbox-id"):
-			q.ids = append(q.ids, string(f.Value))
+			q.ids = append(q.ids, same(&k.id, f.Value))
 		case h1.Is(f.Name, "e2b-sandbox-port"):
-			q.ports = append(q.ports, string(f.Value))
+			q.ports = append(q.ports, same(&k.port, f.Value))
 		}
 	}
 	if q.method == http.MethodOptions {
@@ -46,10 +68,10 @@ func methodName(m []byte) string {
 
 // setTarget fills in host, path and query. A plain path is taken as it is; whatever else a target may be is left to
 // net/url, whose view net/http has of it.
-func setTarget(q *head, h *h1.Head) error {
+func setTarget(q *head, h *h1.Head, k *known) error {
 	path, query, _ := bytes.Cut(h.Target, []byte{'?'})
 	if plainPath(path) {
-		q.host, q.path, q.query = string(h.Host), string(path), string(query)
+		q.host, q.path, q.query = same(&k.host, h.Host), same(&k.path, path), string(query)
 		return nil
 	}
 	u, err := url.ParseRequestURI(string(h.Target))

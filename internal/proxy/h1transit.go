@@ -16,7 +16,7 @@ import (
 type transit struct {
 	client  *clientConn
 	proxy   *Proxy
-	outcome *outcome
+	outcome outcome
 	dest    destination
 	ask     head
 	body    intake
@@ -41,6 +41,7 @@ type transit struct {
 
 func newTransit(c *clientConn, p *Proxy) *transit {
 	t := &transit{client: c, proxy: p, outcome: p.metrics.begin()}
+	t.head.Fields = c.fields
 	t.body.metrics = p.metrics
 	t.body.open(&c.head)
 	return t
@@ -53,7 +54,7 @@ func (t *transit) route(ctx context.Context) *failure {
 		return connectRefused()
 	}
 	var err error
-	if t.ask, err = askOf(&c.head); err != nil {
+	if t.ask, err = askOf(&c.head, &c.known); err != nil {
 		return badRequest(err)
 	}
 	var fail *failure
@@ -284,6 +285,8 @@ func (t *transit) finish() {
 	t.stopUpload()
 	t.expect.end()
 	t.client.lookAway()
+	clear(t.head.Fields[:cap(t.head.Fields)]) // they hold the buffer that the answer came in
+	t.client.fields = t.head.Fields[:0]
 }
 
 // mayKeep reports whether the client wants its connection kept, and may.

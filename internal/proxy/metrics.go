@@ -106,10 +106,10 @@ type outcome struct {
 	failure cause
 }
 
-func (m *metrics) begin() *outcome {
+func (m *metrics) begin() outcome {
 	m.open.Inc()
 	m.inFlight.Add(1)
-	return &outcome{metrics: m, start: time.Now()}
+	return outcome{metrics: m, start: time.Now()}
 }
 
 func (o *outcome) end() {

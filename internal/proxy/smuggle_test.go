@@ -153,7 +153,7 @@ func FuzzTarget(f *testing.F) {
 			return
 		}
 		theirs, theirErr := http.ReadRequest(bufio.NewReader(strings.NewReader(in)))
-		ours, err := askOf(&h)
+		ours, err := askOf(&h, &known{})
 		if theirErr != nil {
 			if err == nil {
 				t.Fatalf("%q: taken, but not by net/http: %v", target, theirErr)
