@@ -110,8 +110,10 @@ const (
 	overdue = 20 * time.Second
 )
 
-// mayEnd reports whether a sandbox may have ended by itself, and mustEnd whether it has to have.
+// mayEnd reports whether a sandbox may have ended by itself.
 func (b *Box) mayEnd(now time.Time) bool { return !b.Ends.IsZero() && now.After(b.Ends.Add(-early)) }
+
+// mustEnd reports whether it has to have.
 func (b *Box) mustEnd(now time.Time) bool {
 	return !b.Ends.IsZero() && now.After(b.EndsBy.Add(overdue))
 }

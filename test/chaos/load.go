@@ -126,7 +126,7 @@ func (u *user) look(ctx context.Context, l *Ledger, slot int, b Box) error {
 		l.Drop(slot, true)
 		return nil
 	case ended, b.Pauses && state == sandbox.StatePaused:
-		return fmt.Errorf("%w: by %s: %s %s, %v", errEarly, b.Ends.Sub(began), s.State, s.Reason, err)
+		return errors.Join(fmt.Errorf("%w: by %s: %s %s", errEarly, b.Ends.Sub(began), s.State, s.Reason), err)
 	}
 	return err
 }

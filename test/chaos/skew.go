@@ -2,6 +2,7 @@ package chaos
 
 import (
 	"bytes"
+	"context"
 	"debug/elf"
 	"encoding/binary"
 	"errors"
@@ -32,11 +33,14 @@ const (
 	detourBytes, tailBytes = 5, 64
 	// offsetAt is where in the tail the seconds are.
 	offsetAt = 48
-	// skewTries bounds how often a process is stopped anew because a thread stood where the jump is to be written.
+	// skewTries bounds how often a process is stopped anew because a thread stood where the jump is to be written, and for how
+	// many milliseconds its program may take to be loaded.
 	skewTries = 100
 )
 
 // detour is int clock_gettime(clockid_t edi, struct timespec *rsi). A system call leaves alone all registers but rax, rcx, r11.
+//
+//nolint:gochecknoglobals // a table, never written
 var detour = []byte{
 	0xb8, 0xe4, 0x00, 0x00, 0x00, // mov $228, %eax
 	0x0f, 0x05, // syscall
@@ -59,11 +63,20 @@ type vdso struct {
 // skew sets by how much the wall clock of a process differs from the machine's, in whole seconds. A process that stands still
 // goes on standing still.
 func skew(pid int, by time.Duration) error {
-	if err := skewProcess(pid, by); err != nil {
+	err := errNoVDSO
+	for range skewTries {
+		if err = skewProcess(pid, by); !errors.Is(err, errNoVDSO) {
+			break
+		}
+		pause(context.Background(), time.Millisecond) // its program is being loaded
+	}
+	if err != nil {
 		return fmt.Errorf("set the clock of process %d apart by %s: %w", pid, by, err)
 	}
 	return nil
 }
+
+var errNoVDSO = errors.New("no vdso in its memory")
 
 func skewProcess(pid int, by time.Duration) (err error) {
 	mem, err := os.OpenFile(procPath(pid, "mem"), os.O_RDWR, 0)
@@ -109,10 +122,10 @@ func findVDSO(pid int, mem io.ReaderAt) (vdso, error) {
 		}
 	}
 	if err != nil || to <= from {
-		return vdso{}, fmt.Errorf("no vdso in its memory, %w", err)
+		return vdso{}, errors.Join(errNoVDSO, err)
 	}
 	image := make([]byte, to-from)
-	if _, err := mem.ReadAt(image, int64(from)); err != nil { //nolint:gosec // an address of a process is positive
+	if _, err := mem.ReadAt(image, int64(from)); err != nil {
 		return vdso{}, fmt.Errorf("read the vdso: %w", err)
 	}
 	v, err := parseVDSO(image)
@@ -133,7 +146,7 @@ func parseVDSO(image []byte) (vdso, error) {
 	if i < 0 {
 		return vdso{}, fmt.Errorf("the vdso has no %s", vdsoSymbol)
 	}
-	v := vdso{symbol: symbols[i].Value, tail: uint64(len(image) - tailBytes)}
+	v := vdso{symbol: symbols[i].Value, tail: uint64(len(image)) - tailBytes}
 	tail := image[v.tail:]
 	v.free = !bytes.HasPrefix(tail, detour)
 	if v.free && slices.ContainsFunc(tail, func(b byte) bool { return b != 0 }) {
@@ -178,7 +191,7 @@ func whileStopped(pid int, from, to uint64, f func() error) error {
 func stands(pid int) (bool, error) {
 	tasks, err := filepath.Glob(procPath(pid, "task", "*", "stat"))
 	if err != nil || len(tasks) == 0 {
-		return false, fmt.Errorf("it has ended, %w", err)
+		return false, errors.Join(errors.New("it has ended"), err)
 	}
 	for _, path := range tasks {
 		raw, err := os.ReadFile(path) //nolint:gosec // below /proc

@@ -20,7 +20,7 @@ func TestMain(m *testing.M) {
 		tellTime()
 		return
 	}
-	os.Exit(m.Run())
+	m.Run() // its result is the program's
 }
 
 // tellTime answers each line with the time, while others ask for it all the time. It says too whether the monotonic clock has
@@ -47,7 +47,7 @@ func TestSkew(t *testing.T) {
 		t.Log("no code for this processor")
 		return
 	}
-	cmd := exec.CommandContext(t.Context(), os.Args[0], childWord) //nolint:gosec // this very program
+	cmd := exec.CommandContext(t.Context(), os.Args[0], childWord)
 	in, err := cmd.StdinPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -74,7 +74,7 @@ func TestSkew(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		return time.UnixMilli(ms).Sub(time.Now()).Round(time.Minute)
+		return time.Until(time.UnixMilli(ms)).Round(time.Minute)
 	}
 	pid := cmd.Process.Pid
 	for _, by := range []time.Duration{0, time.Hour, -2 * time.Hour, 0} {
@@ -102,7 +102,7 @@ func TestSkewOfStopped(t *testing.T) {
 		t.Log("no code for this processor")
 		return
 	}
-	cmd := exec.CommandContext(t.Context(), os.Args[0], childWord) //nolint:gosec // this very program
+	cmd := exec.CommandContext(t.Context(), os.Args[0], childWord)
 	in, err := cmd.StdinPipe()
 	if err != nil {
 		t.Fatal(err)
