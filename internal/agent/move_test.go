@@ -69,25 +69,6 @@ func (n *node) move(to *node, id sandbox.ID) int64 {
 	return gen
 }
 
-// A sandbox that moves to a machine with another clock has as much time left there.
-func TestMoveToAnotherClock(t *testing.T) {
-	bubbles(t, func(m, other *machine) {
-		t := m.t
-		n, to := m.boot(), other.boot()
-		id := n.create()
-		end := n.end(id)
-		p, err := n.depart(id)
-		m.check(err)
-		n.carry(to, p)
-		p.Sandbox.EndAt = toWireTime(end.Add(time.Hour)) // by a clock that is ahead
-		m.check(to.receive(p, p.GetSandbox().GetGeneration()+1))
-		m.check(to.arrive(id, p.GetSandbox().GetGeneration()+1))
-		if got := to.end(id); !got.Equal(end) {
-			t.Errorf("it ends at %v, want %v", got, end)
-		}
-	})
-}
-
 func TestMove(t *testing.T) {
 	bubbles(t, func(m, other *machine) {
 		t := m.t
