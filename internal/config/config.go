@@ -30,7 +30,7 @@ type Config struct {
 	PublicProxyURL string `name:"public-proxy-url" help:"URL by which clients reach the proxy; default: from proxy-addr"`
 	TLSCert        string `name:"tls-cert" help:"PEM file with the certificate chain of API and proxy; read again when it changes"`
 	TLSKey         string `name:"tls-key" help:"PEM file with the certificate's private key"`
-	ProxyHTTP1     string `name:"proxy-http1" help:"data path of HTTP/1.1 into sandboxes: fast, or standard, which is net/http's, slower, and in use wherever otlp-endpoint is set"`
+	ProxyHTTP1     string `name:"proxy-http1" help:"data path of HTTP/1.1 into sandboxes: fast, or standard, which is net/http's and slower"`
 	InsecureListen bool   `name:"insecure-listen" help:"allow listening beyond loopback without TLS, for use behind a proxy that adds it"`
 
 	ClusterAddr       string        `name:"cluster-addr" group:"Cluster" help:"address that joining machines and members reach a server on, with mutual TLS by the cluster's own authority; cloister up opens it once a join token was made"`

@@ -14,6 +14,7 @@ import (
 	"github.com/cloister-dev/cloister/internal/proxy"
 	"github.com/cloister-dev/cloister/internal/routes"
 	"github.com/cloister-dev/cloister/internal/sandbox"
+	"github.com/cloister-dev/cloister/internal/telemetry"
 )
 
 // proxyRole is the part that carries traffic into sandboxes.
@@ -32,7 +33,9 @@ func (d *daemon) buildProxy(context.Context) error {
 		HTTP1: d.cfg.ProxyHTTP1, Ready: d.isReady,
 	}
 	if d.cfg.OTLPEndpoint != "" {
-		cfg.HTTP1 = proxy.HTTP1Standard // the only one that traces requests
+		cfg.Trace = func(ctx context.Context, method string, field func(string) string) (context.Context, func(int)) {
+			return telemetry.SpanOf(ctx, "proxy "+method, method, field)
+		}
 	}
 	if d.server != nil {
 		p.control = d.server.control

@@ -94,6 +94,9 @@ type Config struct {
 	HTTP1 string
 	// Ready reports whether GET /readyz, sent to none of the sandboxes, is answered with 200; nil means always.
 	Ready func() bool
+	// Trace begins a span for a request of HTTP1Fast, whose fields it may look up until it returns, and returns what ends it with the
+	// answer's status, 0 where none was sent; nil traces nothing. What the standard path answers its caller traces.
+	Trace func(ctx context.Context, method string, field func(name string) string) (spanned context.Context, end func(status int))
 	// MaxRequestsPerSandbox bounds the open requests of one sandbox; more are answered with 429. 0 means 8192.
 	MaxRequestsPerSandbox int
 }
@@ -116,6 +119,7 @@ type Proxy struct {
 	drainTimeout   time.Duration
 	maxConnections int
 	http1          string
+	trace          func(context.Context, string, func(string) string) (context.Context, func(int))
 	stallTimeout   time.Duration
 	connections    atomic.Int64
 }
@@ -142,6 +146,7 @@ func New(cfg Config) (*Proxy, error) {
 		drainTimeout:   cfg.DrainTimeout,
 		maxConnections: cfg.MaxConnections,
 		http1:          cfg.HTTP1,
+		trace:          cfg.Trace,
 		stallTimeout:   stallTimeout,
 	}, nil
 }
@@ -196,7 +201,7 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 	dest, fail := p.resolver.resolve(r)
 	if fail == nil {
-		fail = p.forwarder.forward(w, r, dest, &o)
+		fail = p.forwarder.forward(w, r, dest, o)
 	}
 	if fail == nil {
 		return

@@ -118,10 +118,19 @@ func TestTracesReachTheCollector(t *testing.T) {
 		}
 	}), func(*http.Request) string { return "stream" })
 	streams.ServeHTTP(httptest.NewRecorder(), httptest.NewRequest(http.MethodGet, "/stream", http.NoBody))
+	_, end := telemetry.SpanOf(t.Context(), "proxy PUT", http.MethodPut, http.Header{
+		"Traceparent": {"00-6162636465666768696a6b6c6d6e6f70-7172737475767778-01"},
+	}.Get)
+	end(http.StatusBadGateway)
 	if err := stop(context.WithoutCancel(t.Context())); err != nil {
 		t.Fatal(err)
 	}
-	if text := <-got; !strings.HasPrefix(text, "/v1/traces ") || !strings.Contains(text, "GET /some/pattern") {
+	text := <-got
+	if !strings.HasPrefix(text, "/v1/traces ") || !strings.Contains(text, "GET /some/pattern") {
+
 		t.Errorf("the collector got %q", text)
+	}
+	if !strings.Contains(text, "proxy PUT") || !strings.Contains(text, "abcdefghijklmnop") || !strings.Contains(text, http.StatusText(http.StatusBadGateway)) {
+		t.Errorf("the span of a request that no handler answers, of its caller's trace: %q", text)
 	}
 }

@@ -72,6 +72,35 @@ func Traced(next http.Handler, name func(*http.Request) string) http.Handler {
 	})
 }
 
+// SpanOf begins the span that Traced does, of a request that no handler answers: field looks its headers up, and end is told the
+// answer's status, 0 where none was sent.
+func SpanOf(ctx context.Context, name, method string, field func(name string) string) (spanned context.Context, end func(status int)) {
+	ctx = otel.GetTextMapPropagator().Extract(ctx, fieldCarrier(field))
+	ctx, span := otel.Tracer(scope).Start(ctx, name)
+	return ctx, func(status int) {
+		span.SetAttributes(attribute.String("http.request.method", method))
+		if status > 0 {
+			span.SetAttributes(attribute.Int("http.response.status_code", status))
+		}
+		if status >= http.StatusInternalServerError {
+			span.SetStatus(codes.Error, http.StatusText(status))
+		}
+		span.End()
+	}
+}
+
+// fieldCarrier looks headers up for a propagator, which only reads.
+type fieldCarrier func(name string) string
+
+// Get returns a header.
+func (f fieldCarrier) Get(name string) string { return f(name) }
+
+// Set does nothing.
+func (f fieldCarrier) Set(string, string) {}
+
+// Keys returns nothing.
+func (f fieldCarrier) Keys() []string { return nil }
+
 // statusWriter remembers the status of an answer.
 type statusWriter struct {
 	http.ResponseWriter
