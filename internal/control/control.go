@@ -130,7 +130,9 @@ type Config struct {
 	Replicas   replicas
 	Intents    intents
 	Pins       pins
-	Secrets    secrets
+	// Stored keeps what may be in the bucket; it is required where Limits say that there is one.
+	Stored  stored
+	Secrets secrets
 	Keys       keys
 	History    history
 	Log        *slog.Logger
@@ -176,6 +178,7 @@ type Control struct {
 	replicas   replicas
 	intents    intents
 	pins       pins
+	stored     stored
 
 	index   *index
 	fleet   *fleet
@@ -231,7 +234,7 @@ func New(ctx context.Context, cfg Config) (*Control, error) {
 		settings: cfg.Settings, policies: cfg.Policies, keys: cfg.Keys, history: cfg.History,
 		log: cfg.Log, limits: limits, about: cfg.About, started: time.Now(), secret: secret,
 		joining:    newJoining(&cfg),
-		placements: cfg.Placements, replicas: cfg.Replicas, intents: cfg.Intents, pins: cfg.Pins,
+		placements: cfg.Placements, replicas: cfg.Replicas, intents: cfg.Intents, pins: cfg.Pins, stored: cfg.Stored,
 		index:   newIndex(limits.EndedFor, limits.EndedMax),
 		noted:   newNoted(),
 		busy:    newBusy(),

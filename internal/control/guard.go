@@ -55,7 +55,6 @@ func (c *Control) unguard(ctx context.Context, id sandbox.ID) error {
 	switch {
 	case err == nil, errors.Is(err, sandbox.ErrNotFound):
 		c.noted.setReplica(id, nil)
-		c.copies.spare(r)
 		return nil
 	case errors.Is(err, sandbox.ErrConflict):
 		return errors.Join(sandbox.Unavailablef("sandbox %s is being brought back by another server: try again", id), c.reloadReplica(ctx, id))
@@ -110,9 +109,6 @@ func (c *Control) guard(ctx context.Context, r sandbox.Replica) error {
 		return errors.Join(fmt.Errorf("record the replicas of sandbox %s: %w", r.ID, err), c.reloadReplica(ctx, r.ID))
 	}
 	c.noted.setReplica(r.ID, &r)
-	if had && old.Checkpoint != r.Checkpoint {
-		c.copies.spare(old)
-	}
 	c.note(ctx, Event{Type: "replicated", NodeID: r.Home, SandboxID: r.ID, Message: "a copy of what it is paused in is kept by " + c.keepers(&r)})
 	return nil
 }
@@ -196,6 +192,5 @@ func (c *Control) takeReplica(ctx context.Context, r sandbox.Replica) error {
 		return errors.Join(err, c.reloadReplica(ctx, r.ID))
 	}
 	c.noted.setReplica(r.ID, nil)
-	c.copies.spare(r) // it is stored again while the sandbox is paused
 	return nil
 }

@@ -186,7 +186,6 @@ func (c *Control) killWanted(ctx context.Context, k sandbox.KillIntent) error {
 			return errors.Join(fmt.Errorf("give up the replicas of sandbox %s: %w", k.ID, err), c.reloadReplica(ctx, k.ID))
 		}
 		c.noted.setReplica(k.ID, nil)
-		c.copies.spare(r)
 	}
 	err := c.changePlacement(ctx, k.ID, func(p *sandbox.Placement) bool { p.Ended = true; return len(p.Stale) > 0 })
 	if err != nil {

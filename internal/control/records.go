@@ -47,6 +47,13 @@ type pins interface {
 	Unpin(ctx context.Context, key string) error
 }
 
+// stored keeps which checkpoints may be in the bucket: from before they are written until they are removed.
+type stored interface {
+	Stored(ctx context.Context) ([]sandbox.Stored, error)
+	PutStored(ctx context.Context, s sandbox.Stored) error
+	DeleteStored(ctx context.Context, checkpoint string) error
+}
+
 // noted is this server's copy of the records about single sandboxes, which are few: those that were moved, those that
 // have replicas, and those that are to be killed. The store has the last word.
 type noted struct {
@@ -56,12 +63,15 @@ type noted struct {
 	kills    map[sandbox.ID]sandbox.KillIntent
 	// bereft are sandboxes whose replica record names a node that says it has them no more.
 	bereft map[sandbox.ID]struct{}
+	// stored are the checkpoints that may be in the bucket, with since when.
+	stored map[string]time.Time
 }
 
 func newNoted() *noted {
 	return &noted{
 		placed: make(map[sandbox.ID]sandbox.Placement), replicas: make(map[sandbox.ID]sandbox.Replica),
 		kills: make(map[sandbox.ID]sandbox.KillIntent), bereft: make(map[sandbox.ID]struct{}),
+		stored: make(map[string]time.Time),
 	}
 }
 
@@ -88,7 +98,72 @@ func (c *Control) loadNoted(ctx context.Context) error {
 	for _, k := range kills {
 		c.noted.kills[k.ID] = k
 	}
+	if c.limits.Bucket {
+		return c.loadStored(ctx)
+	}
 	return nil
+}
+
+// loadStored reads what may be in the bucket. What a record names that was written before this was noted is added.
+func (c *Control) loadStored(ctx context.Context) error {
+	all, err := c.stored.Stored(ctx)
+	if err != nil {
+		return fmt.Errorf("read what may be in the bucket: %w", err)
+	}
+	for _, s := range all {
+		c.noted.stored[s.Checkpoint] = s.At
+	}
+	for _, r := range c.noted.replicas {
+		if r.Bucket {
+			err = errors.Join(err, c.putStored(ctx, r.Checkpoint))
+		}
+	}
+	return err
+}
+
+// putStored notes, before a checkpoint is written to the bucket, that it may be there from then on.
+func (c *Control) putStored(ctx context.Context, checkpoint string) error {
+	n := c.noted
+	n.mu.RLock()
+	_, known := n.stored[checkpoint]
+	n.mu.RUnlock()
+	if known {
+		return nil
+	}
+	s := sandbox.Stored{Checkpoint: checkpoint, At: time.Now().UTC()}
+	if err := c.stored.PutStored(ctx, s); err != nil {
+		return fmt.Errorf("note that %s may be in the bucket: %w", checkpoint, err)
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.stored[checkpoint] = s.At
+	return nil
+}
+
+// deleteStored notes that a checkpoint is in the bucket no more.
+func (c *Control) deleteStored(ctx context.Context, checkpoint string) error {
+	if err := c.stored.DeleteStored(ctx, checkpoint); err != nil {
+		return fmt.Errorf("note that %s is in the bucket no more: %w", checkpoint, err)
+	}
+	c.noted.mu.Lock()
+	defer c.noted.mu.Unlock()
+	delete(c.noted.stored, checkpoint)
+	return nil
+}
+
+// storedFor returns the checkpoints that may be in the bucket, in order, but for those that a node may still be writing for an
+// earlier server.
+func (n *noted) storedFor(started, now time.Time) []string {
+	n.mu.RLock()
+	defer n.mu.RUnlock()
+	var out []string
+	for id, at := range n.stored {
+		if !at.Before(started) || now.Sub(at) >= copyDeadline {
+			out = append(out, id)
+		}
+	}
+	slices.Sort(out)
+	return out
 }
 
 func (n *noted) placement(id sandbox.ID) (sandbox.Placement, bool) {

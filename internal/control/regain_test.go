@@ -160,7 +160,7 @@ func TestLeaveOfAStoppedNode(t *testing.T) {
 // bucketed is a cluster of two nodes with a bucket and no replicas, in which the first has a paused sandbox.
 func bucketed(t *testing.T) (c *apitest.Cluster, other *apitest.Node, box sandbox.Sandbox) {
 	t.Helper()
-	c = apitest.NewCluster(t, func(cfg *control.Config) { cfg.Limits = control.Limits{Bucket: true, SnapshotReplicas: 1} })
+	c = apitest.NewCluster(t, withBucket)
 	box = mustPause(t, c, mustCreate(t, c, minute()).ID)
 	other = apitest.NewNode("bbbbbb")
 	c.Join(t, other)
@@ -208,6 +208,76 @@ func TestBucketIsCleared(t *testing.T) {
 			})
 		})
 	}
+}
+
+// withBucket has paused sandboxes written to a bucket, and to no node.
+func withBucket(cfg *control.Config) { cfg.Limits = control.Limits{Bucket: true, SnapshotReplicas: 1} }
+
+// TestBucketIsClearedByTheNextServer has the server end before anything is removed from the bucket, or while a node writes to it.
+func TestBucketIsClearedByTheNextServer(t *testing.T) {
+	for _, recorded := range []bool{true, false} {
+		synctest.Test(t, func(t *testing.T) {
+			c := apitest.NewCluster(t, withBucket)
+			box := mustPause(t, c, mustCreate(t, c, minute()).ID)
+			stop := runUntil(t, c)
+			if !recorded {
+				c.Node.FailOn("Guard", apitest.Fault{Err: errAway})
+			}
+			passWith(t, c, 3*time.Second, c.Node)
+			if got := c.Agents.Stored(); len(got) != 1 || (len(records(t, c)) == 1) != recorded {
+				t.Fatalf("in the bucket: %v, %+v", got, records(t, c))
+			}
+			c.Node.FailOn("Guard", apitest.Fault{})
+			if recorded {
+				stop()
+			}
+			if err := c.Control.Kill(t.Context(), box.ID); err != nil {
+				t.Fatal(err)
+			}
+			if !recorded {
+				stop()
+			}
+			c.Restart(t, withBucket)
+			running(t, c)
+			c.Join(t, c.Node)
+			passWith(t, c, 11*time.Minute, c.Node) // an earlier server's commands may be carried out until then
+			if got := c.Agents.Stored(); len(got) != 0 {
+				t.Errorf("in the bucket: %v", got)
+			}
+			if left, err := c.Decided.Stored(t.Context()); err != nil || len(left) > 0 {
+				t.Errorf("noted: %+v, %v", left, err)
+			}
+		})
+	}
+}
+
+// TestRecoveredIsNotStoredTwice checks that what a sandbox was brought back from stays in the bucket for the next time.
+func TestRecoveredIsNotStoredTwice(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c, other, box := bucketed(t)
+		third := apitest.NewNode("cccccc")
+		c.Join(t, third)
+		silent(t, c, c.Node, 40*time.Second, other, third)
+		for _, n := range []*apitest.Node{other, third} {
+			for _, call := range n.Calls() {
+				if call == "RemoveCheckpoint "+box.Checkpoint {
+					t.Errorf("node %s removed it", n.ID)
+				}
+			}
+		}
+		all := records(t, c)
+		if len(all) != 1 || !all[0].Bucket || all[0].Checkpoint != box.Checkpoint || all[0].Home == "aaaaaa" {
+			t.Fatalf("%+v", all)
+		}
+		second := other
+		if all[0].Home == third.ID {
+			other, second = third, other
+		}
+		silent(t, c, other, 40*time.Second, second)
+		if got, err := c.Control.Get(t.Context(), box.ID); err != nil || got.NodeID != second.ID || got.State != sandbox.StatePaused {
+			t.Errorf("brought back again: %+v, %v", got, err)
+		}
+	})
 }
 
 // TestRecoveryFromTheBucket has the home of a paused sandbox go down, or lose its disk, that no other node has a replica of.

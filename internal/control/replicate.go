@@ -71,8 +71,9 @@ type copyView struct {
 	records map[sandbox.ID]sandbox.Replica
 	// bereft reports whether the home of a record says that it has lost the sandbox.
 	bereft func(sandbox.ID) bool
-	// spare are the checkpoints in the bucket that nothing needs any more.
-	spare     []string
+	// stored are the checkpoints that may be in the bucket; writing are those that are written there, or removed, right now.
+	stored    []string
+	writing   map[string]struct{}
 	templates []sandbox.Template
 	// popular are the builds that sandboxes were made from lately.
 	popular map[string]bool
@@ -199,8 +200,8 @@ func (p *copyPlan) guards() {
 		if r.Generation != box.Generation {
 			r = sandbox.Replica{}
 		}
-		stored := r.Bucket || slices.Contains(p.spare, box.Checkpoint) // what is being removed is stored again afterwards
-		if p.limits.Bucket && !stored && !p.add(job{kind: jobGuard, box: *box, replica: r}) {
+		_, writing := p.writing[box.Checkpoint] // what is being removed is stored again afterwards
+		if p.limits.Bucket && !r.Bucket && !writing && !p.add(job{kind: jobGuard, box: *box, replica: r}) {
 			return
 		}
 		if to := p.nextHolder(box, home, r); to != nil && !p.add(job{kind: jobGuard, node: to.id, box: *box, replica: r}) {
@@ -325,7 +326,11 @@ func (p *copyPlan) forgets() {
 	for i := range p.paused {
 		needed[p.paused[i].Checkpoint] = struct{}{}
 	}
-	for _, id := range p.spare {
+	for _, id := range p.stored {
+		_, used := needed[id]
+		if _, writing := p.writing[id]; used || writing {
+			continue
+		}
 		if to := p.best(func(*nodeView) bool { return true }); to != nil && !p.add(job{kind: jobUnstore, node: to.id, checkpoint: id}) {
 			return
 		}

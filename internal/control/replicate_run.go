@@ -27,8 +27,6 @@ const (
 	joinedFor  = 10 * time.Minute
 	// maxPopular bounds the builds whose use is remembered.
 	maxPopular = 1024
-	// maxSpared bounds the checkpoints that wait to be removed from the bucket.
-	maxSpared = 100_000
 )
 
 // copies is what runReplicas remembers from one round to the next.
@@ -41,8 +39,8 @@ type copies struct {
 	replicas map[sandbox.NodeID]map[string]time.Time
 	joined   map[sandbox.NodeID]time.Time
 	uses     map[string]use
-	// spared are the checkpoints in the bucket that nothing needs any more.
-	spared map[string]struct{}
+	// writing are the checkpoints that are written to the bucket, or removed there.
+	writing map[string]struct{}
 }
 
 // use is when sandboxes were made from a build last, and of what size.
@@ -55,7 +53,7 @@ type use struct {
 func newCopies() *copies {
 	return &copies{
 		active: make(map[string]struct{}), failed: make(map[string]time.Time), uses: make(map[string]use),
-		spared:   make(map[string]struct{}),
+		writing:  make(map[string]struct{}),
 		replicas: make(map[sandbox.NodeID]map[string]time.Time), joined: make(map[sandbox.NodeID]time.Time),
 	}
 }
@@ -98,21 +96,15 @@ func (p *copies) keep(node sandbox.NodeID, checkpoint string, now time.Time) {
 	p.replicas[node][checkpoint] = now
 }
 
-// spare notes that a record is gone, and that nothing needs what it named in the bucket. At most maxSpared wait; what is beyond
-// that, or was to be removed when the server ended, stays there.
-func (p *copies) spare(r sandbox.Replica) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if r.Bucket && len(p.spared) < maxSpared {
-		p.spared[r.Checkpoint] = struct{}{}
+// inBucket returns the checkpoint that a job writes to the bucket or removes there; empty for any other job.
+func (j *job) inBucket() string {
+	switch {
+	case j.kind == jobUnstore:
+		return j.checkpoint
+	case j.kind == jobGuard && j.node == "":
+		return j.box.Checkpoint
 	}
-}
-
-// unspare notes that a checkpoint is in the bucket no more.
-func (p *copies) unspare(checkpoint string) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	delete(p.spared, checkpoint)
+	return ""
 }
 
 func (p *copies) drop(node sandbox.NodeID, checkpoint string) {
@@ -130,20 +122,29 @@ func (p *copies) forget(node sandbox.NodeID) {
 }
 
 // begin takes a job; it is false where the job is under way already.
-func (p *copies) begin(key string) bool {
+func (p *copies) begin(j *job) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	key, at := j.key(), j.inBucket()
 	if _, ok := p.active[key]; ok {
 		return false
 	}
+	if _, ok := p.writing[at]; ok {
+		return false
+	}
 	p.active[key] = struct{}{}
+	if at != "" {
+		p.writing[at] = struct{}{}
+	}
 	return true
 }
 
-func (p *copies) end(key string, err error, now time.Time) {
+func (p *copies) end(j *job, err error, now time.Time) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	key := j.key()
 	delete(p.active, key)
+	delete(p.writing, j.inBucket())
 	maps.DeleteFunc(p.failed, func(_ string, at time.Time) bool { return now.Sub(at) >= copyBackoff })
 	if err != nil {
 		p.failed[key] = now
@@ -178,7 +179,7 @@ func (c *Control) runReplicas(ctx context.Context) {
 			continue
 		}
 		for _, j := range planCopies(view, most) {
-			if c.copies.begin(j.key()) {
+			if c.copies.begin(&j) {
 				jobs.Go(func() { c.carryCopy(ctx, j) })
 			}
 		}
@@ -209,7 +210,7 @@ func (c *Control) copyView(ctx context.Context, now time.Time) (*copyView, error
 			skip[key] = struct{}{}
 		}
 	}
-	v.spare = slices.Sorted(maps.Keys(p.spared))
+	v.stored, v.writing = c.noted.storedFor(c.started, now), maps.Clone(p.writing)
 	v.skip = func(key string) bool { _, ok := skip[key]; return ok }
 	v.nodes = c.fleet.copyViews(now)
 	for i := range v.nodes {
@@ -257,7 +258,7 @@ func (c *Control) carryCopy(ctx context.Context, j job) {
 	case jobForget:
 		err = c.forgetReplica(work, j.node, j.checkpoint)
 	}
-	c.copies.end(j.key(), err, time.Now())
+	c.copies.end(&j, err, time.Now())
 	if err != nil && ctx.Err() == nil && !errors.Is(err, sandbox.ErrConflict) {
 		c.log.LogAttrs(ctx, slog.LevelWarn, "copy not made, trying again later", slog.String("op", string(j.kind)), nodeAttr(j.node), errAttr(err))
 	}
@@ -294,6 +295,9 @@ func (c *Control) copyPaused(ctx context.Context, j job) error {
 	}
 	if j.node == "" {
 		agent, err := c.agent(r.Home)
+		if err == nil {
+			err = c.putStored(ctx, r.Checkpoint)
+		}
 		if err != nil {
 			return err
 		}
@@ -358,9 +362,8 @@ func (c *Control) unstore(ctx context.Context, node sandbox.NodeID, checkpoint s
 	ctx, cancel := context.WithTimeout(ctx, c.limits.CallDeadline)
 	defer cancel()
 	_, err = agent.RemoveCheckpoint(ctx, &agentv1.RemoveCheckpointRequest{CheckpointId: checkpoint, Bucket: true})
-	if err = fromNode(node, err); err != nil && !errors.Is(err, sandbox.ErrUnsupported) {
+	if err = fromNode(node, err); err != nil {
 		return fmt.Errorf("node %s: remove %s from the bucket: %w", node, checkpoint, err)
 	}
-	c.copies.unspare(checkpoint)
-	return nil
+	return c.deleteStored(ctx, checkpoint)
 }

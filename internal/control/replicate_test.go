@@ -85,8 +85,12 @@ func TestPlanCopies(t *testing.T) {
 			clear(v.nodes[0].replicas)
 		}, []string{"recover/a/s"}},
 		{"a holder has lost it", func(v *copyView) { kept(v); clear(v.nodes[2].replicas) }, []string{"guard/c/ss"}},
-		{"nothing needs it in the bucket", func(v *copyView) { v.spare = []string{"old"}; kept(v) }, []string{"unstore/a/old"}},
-		{"it is being removed from the bucket", func(v *copyView) { v.spare, v.limits.Bucket = []string{"p"}, true; kept(v) }, []string{"unstore/a/p"}},
+		{"nothing needs it in the bucket", func(v *copyView) { v.stored = []string{"old", "p"}; kept(v) }, []string{"unstore/a/old"}},
+		{"it is being removed from the bucket", func(v *copyView) {
+			v.stored, v.writing, v.limits.Bucket = []string{"p"}, map[string]struct{}{"p": {}}, true
+			kept(v)
+		}, nil},
+		{"it is to come to the bucket, where it may be", func(v *copyView) { v.stored, v.limits.Bucket = []string{"p"}, true; kept(v) }, []string{"guard//ss"}},
 		{"a replica that nothing needs", func(v *copyView) { kept(v); v.nodes[1].replicas["old"] = time.Unix(9_000, 0) }, []string{"forget/b/old"}},
 		{"one that may be recorded soon", func(v *copyView) { kept(v); v.nodes[1].replicas["old"] = time.Unix(9_990, 0) }, nil},
 	}

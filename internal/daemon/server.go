@@ -49,7 +49,7 @@ func (d *daemon) buildServer(ctx context.Context) error {
 	fleet := &fleet{}
 	ctl, err := control.New(ctx, control.Config{
 		Agents: fleet, Templates: st, Nodes: st, Settings: st, Policies: st,
-		Placements: st, Replicas: st, Intents: st, Pins: st, Secrets: st, Keys: keyring{st}, History: events{hist}, Log: d.log,
+		Placements: st, Replicas: st, Intents: st, Pins: st, Stored: st, Secrets: st, Keys: keyring{st}, History: events{hist}, Log: d.log,
 		Limits: control.Limits{
 			MaxTimeout:        d.cfg.MaxTimeout,
 			DefaultResources:  d.defaultResources(),

@@ -65,6 +65,12 @@ func (r *Replica) Same(o Replica) bool {
 	return r.ID == o.ID && r.Home == o.Home && r.Generation == o.Generation && r.Checkpoint == o.Checkpoint && r.Returning == o.Returning
 }
 
+// Stored says that a checkpoint was, or was to be, written to the bucket, and has not been removed there. At is when that began.
+type Stored struct {
+	Checkpoint string    `json:"checkpoint"`
+	At         time.Time `json:"at"`
+}
+
 // KillIntent says that a sandbox is to be killed as soon as its node answers again.
 type KillIntent struct {
 	ID   ID        `json:"id"`

@@ -127,6 +127,26 @@ func TestKillIntents(t *testing.T) {
 	}
 }
 
+func TestStored(t *testing.T) {
+	s := fresh(t)
+	one := sandbox.Stored{Checkpoint: "pause-one-3", At: time.Unix(1000, 0).UTC()}
+	if err := errors.Join(s.PutStored(t.Context(), one), s.PutStored(t.Context(), one)); err != nil {
+		t.Fatal(err)
+	}
+	if all, err := s.Stored(t.Context()); err != nil || !slices.Equal(all, []sandbox.Stored{one}) {
+		t.Errorf("%+v, %v", all, err)
+	}
+	if err := s.PutStored(t.Context(), sandbox.Stored{}); !errors.Is(err, sandbox.ErrInvalid) {
+		t.Error(err)
+	}
+	if err := errors.Join(s.DeleteStored(t.Context(), one.Checkpoint), s.DeleteStored(t.Context(), one.Checkpoint)); err != nil {
+		t.Error(err)
+	}
+	if all, err := s.Stored(t.Context()); err != nil || len(all) > 0 {
+		t.Errorf("%+v, %v", all, err)
+	}
+}
+
 func TestPins(t *testing.T) {
 	s := fresh(t)
 	p := sandbox.Pin{Key: "k", Request: "r", Node: "aaaaaa"}

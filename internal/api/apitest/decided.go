@@ -17,6 +17,7 @@ type Decided struct {
 	replicas map[sandbox.ID]sandbox.Replica
 	kills    map[sandbox.ID]sandbox.KillIntent
 	pins     map[string]sandbox.Pin
+	stored   map[string]sandbox.Stored
 	failing  error
 	after    bool
 }
@@ -26,6 +27,7 @@ func NewDecided() *Decided {
 	return &Decided{
 		placed: make(map[sandbox.ID]sandbox.Placement), replicas: make(map[sandbox.ID]sandbox.Replica),
 		kills: make(map[sandbox.ID]sandbox.KillIntent), pins: make(map[string]sandbox.Pin),
+		stored: make(map[string]sandbox.Stored),
 	}
 }
 
@@ -211,4 +213,21 @@ func (d *Decided) MovePin(_ context.Context, from sandbox.Pin, to sandbox.NodeID
 // Unpin implements control's interface.
 func (d *Decided) Unpin(_ context.Context, key string) error {
 	return d.write(func() error { delete(d.pins, key); return nil })
+}
+
+// Stored implements control's interface.
+func (d *Decided) Stored(context.Context) ([]sandbox.Stored, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return slices.Collect(maps.Values(d.stored)), nil
+}
+
+// PutStored implements control's interface.
+func (d *Decided) PutStored(_ context.Context, one sandbox.Stored) error {
+	return d.write(func() error { d.stored[one.Checkpoint] = one; return nil })
+}
+
+// DeleteStored implements control's interface.
+func (d *Decided) DeleteStored(_ context.Context, checkpoint string) error {
+	return d.write(func() error { delete(d.stored, checkpoint); return nil })
 }

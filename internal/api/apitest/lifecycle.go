@@ -227,6 +227,7 @@ func (n *Node) Rollback(_ context.Context, req *agentv1.RollbackRequest) (*agent
 func (n *Node) RemoveCheckpoint(_ context.Context, req *agentv1.RemoveCheckpointRequest) (*agentv1.RemoveCheckpointResponse, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
+	n.moving.calls = append(n.moving.calls, "RemoveCheckpoint "+req.GetCheckpointId())
 	delete(n.saved.checkpoints, req.GetCheckpointId())
 	if req.GetBucket() && n.err == nil {
 		n.moving.agents.store(req.GetCheckpointId(), nil)

@@ -70,7 +70,7 @@ func (c *Cluster) Restart(tb testing.TB, change func(*control.Config)) {
 	tb.Helper()
 	cfg := control.Config{
 		Agents: c.Agents, Templates: c.Records, Nodes: c.Records, Settings: c.Records, Policies: c.Records, Secrets: c.Records, Keys: c.Records, History: c.Records,
-		Placements: c.Decided, Replicas: c.Decided, Intents: c.Decided, Pins: c.Decided,
+		Placements: c.Decided, Replicas: c.Decided, Intents: c.Decided, Pins: c.Decided, Stored: c.Decided,
 		Log: slog.New(slog.DiscardHandler), Random: rand.NewPCG(1, 2), UploadDir: c.uploads,
 		// Fake nodes report when a test tells them to, so their silence means nothing.
 		Limits: control.Limits{SuspectAfter: 24 * time.Hour, DownAfter: 48 * time.Hour},
