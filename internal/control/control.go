@@ -133,12 +133,12 @@ type Config struct {
 	// Stored keeps what may be in the bucket; it is required where Limits say that there is one.
 	Stored  stored
 	Secrets secrets
-	Keys       keys
-	History    history
-	Log        *slog.Logger
-	Limits     Limits
-	Policy     scheduler.Policy
-	About      About
+	Keys    keys
+	History history
+	Log     *slog.Logger
+	Limits  Limits
+	Policy  scheduler.Policy
+	About   About
 	// Members, Tokens, Authority and Gate let machines join; without one of them nobody can. CertificateLife is how long a
 	// member's certificate is good: 24 h by default.
 	Members         members
