@@ -45,6 +45,8 @@ type clientConn struct {
 	deadline time.Time
 	limited  bool   // deadline is that of the head that is being read
 	out      []byte // for what is written at once
+	known    known
+	fields   []h1.Field // room for those of answers; empty
 
 	state atomic.Int32 // clientIdle to clientClosing
 	watch watch

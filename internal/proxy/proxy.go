@@ -201,7 +201,7 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 	dest, fail := p.resolver.resolve(r)
 	if fail == nil {
-		fail = p.forwarder.forward(w, r, dest, o)
+		fail = p.forwarder.forward(w, r, dest, &o)
 	}
 	if fail == nil {
 		return
