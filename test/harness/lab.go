@@ -30,11 +30,13 @@ const (
 	blockRules = `table bridge lab {
 	set pairs { type ipv4_addr . ipv4_addr; }
 	set lonely { type ipv4_addr; }
+	set mute { type ipv4_addr . ipv4_addr; }
 	chain forward {
 		type filter hook forward priority 0;
 		ip saddr . ip daddr @pairs drop
 		ip saddr @lonely drop
 		ip daddr @lonely drop
+		ip saddr . ip daddr @mute tcp flags & (syn | ack) == syn drop
 	}
 }`
 )
@@ -155,6 +157,12 @@ func (l *Lab) Partition(a, b *Machine) {
 func (l *Lab) PartitionOneWay(a, b *Machine) {
 	l.tb.Helper()
 	l.block(fmt.Sprintf("add element bridge lab pairs { %s . %s }", a.Addr, b.Addr))
+}
+
+// Mute keeps a from opening connections to b, as a firewall does; those that b opens work. Heal leaves it.
+func (l *Lab) Mute(a, b *Machine) {
+	l.tb.Helper()
+	l.block(fmt.Sprintf("add element bridge lab mute { %s . %s }", a.Addr, b.Addr))
 }
 
 // Isolate cuts a machine off from every other.

@@ -59,6 +59,7 @@ func (m *Machine) settings() []string {
 	return []string{
 		"--data-dir", m.DataDir(), "--cache-dir", cacheDir(m.lab.tb), "--node-name", m.Name,
 		"--network-range", fmt.Sprintf("10.%d.0.0/20", 140+int(m.Addr.As4()[3])), "--log-level", "debug",
+		"--proxy-drain-delay", "0s",
 	}
 }
 
