@@ -136,7 +136,8 @@ func (a *Agent) moveEnd(ctx context.Context, in *instance) error {
 	return a.followEnd(ctx, in)
 }
 
-// followEnd is moveEnd for whoever holds in.op. A machine that was started again may have any time: there is nothing to compare with.
+// followEnd is moveEnd for whoever holds in.op. Where it cannot be written, it holds nevertheless: the record says by which clock
+// its times are meant. A machine that was started again may have any time: there is nothing to compare with.
 func (a *Agent) followEnd(ctx context.Context, in *instance) error {
 	r := in.record()
 	d := a.clock.since(r.Clock)
@@ -144,8 +145,9 @@ func (a *Agent) followEnd(ctx context.Context, in *instance) error {
 		return nil
 	}
 	r.EndAt, r.Deadline, r.Clock = moved(r.EndAt, d), moved(r.Deadline, d), a.clock.reading()
+	in.set(&r)
 	if r.State != sandbox.StateRunning || r.EndAt.IsZero() {
-		return a.put(ctx, in, r) // the server learns it with what the sandbox becomes
+		return nil // it is written with what the sandbox becomes
 	}
 	r.Generation++
 	return a.put(ctx, in, r, journal.Change{Type: "timeout_set", Time: now(), Sandbox: r.Sandbox})

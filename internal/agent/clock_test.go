@@ -90,6 +90,27 @@ func TestClockSetWhileDown(t *testing.T) {
 	})
 }
 
+// An end moves along with the clock also where that cannot be written.
+func TestClockSetOnFullDisk(t *testing.T) {
+	bubble(t, func(m *machine) {
+		t := m.t
+		n := m.boot()
+		id := n.create(func(r *agentv1.CreateRequest) { r.Timeout = durationpb.New(time.Minute) })
+		in, _ := n.get(id)
+		end := in.record().EndAt
+		if err := n.jour.Close(); err != nil {
+			t.Fatal(err)
+		}
+		n.set(time.Hour)
+		if got := in.record().EndAt; !got.Equal(end.Add(time.Hour)) {
+			t.Errorf("the end moved from %v to %v, want an hour later", end, got)
+		}
+		if _, err := n.Kill(t.Context(), &agentv1.KillRequest{Id: string(id), TimedOut: true}); !errors.Is(err, sandbox.ErrConflict) {
+			t.Errorf("before its time: %v", err)
+		}
+	})
+}
+
 // A step that is found out about while an operation goes on moves no end that was set after it.
 func TestClockSetMeanwhile(t *testing.T) {
 	bubble(t, func(m *machine) {

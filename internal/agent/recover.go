@@ -186,9 +186,13 @@ func (a *Agent) recoverOne(ctx context.Context, in *instance, running bool) erro
 		return err
 	}
 	defer a.release(in)
-	err := a.recoverEnd(ctx, in)
+	if err := a.recoverEnd(ctx, in); err != nil {
+		a.log.WarnContext(ctx, "end of a sandbox not moved", slog.String("sandbox_id", string(in.id)), slog.Any("err", err))
+	}
+	var err error
 	switch r := in.record(); {
-	case err != nil, r.State.Ended():
+	case r.State.Ended():
+		return nil
 	case r.State == sandbox.StateCreating && running && r.Warm && r.Ready:
 		if a.adoptWarm(ctx, in) == nil {
 			return nil
