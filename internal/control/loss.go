@@ -193,6 +193,7 @@ func (c *Control) killWanted(ctx context.Context, k sandbox.KillIntent) error {
 	}
 	// A report that was written before must not bring it back, also where this server never knew it.
 	now := time.Now().UTC()
+	c.buried(k.ID, killReason)
 	c.index.apply(&entry{final: true, box: sandbox.Sandbox{ID: k.ID, NodeID: k.Node, State: sandbox.StateDeleted, Reason: killReason, EndedAt: now}}, now)
 	if err := c.intents.DeleteKillIntent(ctx, k.ID); err != nil {
 		return fmt.Errorf("forget the intent to kill sandbox %s: %w", k.ID, err)

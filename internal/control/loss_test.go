@@ -218,6 +218,26 @@ func TestKillLost(t *testing.T) {
 	}
 }
 
+// TestKilledAfterItFailed kills a sandbox while its node is away, where it has ended by itself: it is gone, also for the next server.
+func TestKilledAfterItFailed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := lossy(t)
+		box := mustCreate(t, c, control.CreateRequest{Timeout: time.Hour})
+		silent(t, c, c.Node, 17*time.Second)
+		c.Node.Crash(box.ID, "out of memory")
+		if err := c.Control.Kill(t.Context(), box.ID); err != nil {
+			t.Fatal(err)
+		}
+		c.Restart(t, impatient)
+		running(t, c)
+		c.Join(t, c.Node)
+		passWith(t, c, 5*time.Second, c.Node)
+		if got, err := c.Control.Get(t.Context(), box.ID); !errors.Is(err, sandbox.ErrNotFound) {
+			t.Errorf("it is %s, %v", got.State, err)
+		}
+	})
+}
+
 // TestCutLink checks that a node whose link broke gets nothing new at once, and is ready with its next report.
 func TestCutLink(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -159,8 +159,8 @@ func (c *Control) take(change string, e *entry, now time.Time) {
 	} else {
 		c.strays.resolve(box.ID, box.NodeID)
 	}
-	if box.State.Ended() && c.noted.elsewhere(box.ID, box.NodeID) {
-		return // what has ended there is not what counts
+	if box.State.Ended() && (c.noted.doomed(box.ID) || c.noted.elsewhere(box.ID, box.NodeID)) {
+		return // it is gone for everybody, or what has ended there is not what counts
 	}
 	c.index.apply(e, now)
 	if box.State.Ended() {
