@@ -4,6 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
+
+	"connectrpc.com/connect"
 
 	proxyv1 "github.com/cloister-dev/cloister/internal/gen/proxy/v1"
 	"github.com/cloister-dev/cloister/internal/sandbox"
@@ -72,6 +75,35 @@ func (t *Table) tellLocked(id sandbox.ID) {
 	}
 }
 
+// reachWithin is how long requests wait for a server that was followed a moment ago: a link that broke is made anew within
+// that time, as a rule.
+const reachWithin = 5 * time.Second
+
+// reach calls a server, and again where none is reached and that is news. It is for calls that may be repeated.
+func reach[T any](ctx context.Context, t *Table, call func() (T, error)) (T, error) {
+	for pause := minPause; ; pause *= 2 {
+		resp, err := call()
+		if err == nil || connect.IsWireError(err) || t.unfollowed()+pause > reachWithin {
+			return resp, err
+		}
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return resp, err
+		}
+	}
+}
+
+// unfollowed is for how long no server has been followed.
+func (t *Table) unfollowed() time.Duration {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	if t.staleSince.IsZero() {
+		return 0
+	}
+	return time.Since(t.staleSince)
+}
+
 // question is a Lookup under way.
 type question struct {
 	done  chan struct{}
@@ -105,7 +137,9 @@ func (t *Table) lookup(ctx context.Context, id sandbox.ID) (sandbox.Route, error
 func (t *Table) ask(ctx context.Context, id sandbox.ID, q *question) {
 	ctx, cancel := context.WithTimeout(ctx, t.cfg.CallTimeout)
 	defer cancel()
-	resp, err := t.server.Lookup(ctx, &proxyv1.LookupRequest{Id: string(id)})
+	resp, err := reach(ctx, t, func() (*proxyv1.LookupResponse, error) {
+		return t.server.Lookup(ctx, &proxyv1.LookupRequest{Id: string(id)})
+	})
 	q.route, q.err = fromWire(resp.GetRoute()), fromServer(ctx, err)
 	switch {
 	case q.err == nil:
@@ -139,7 +173,9 @@ func (t *Table) learnLocked(r sandbox.Route) {
 // Wake makes a sandbox run that is paused and may be resumed by traffic, and returns when it does.
 // Errors: ErrNotFound; ErrConflict where traffic may not resume it; ErrExhausted where nothing has room for it; ErrUnavailable.
 func (t *Table) Wake(ctx context.Context, id sandbox.ID) (sandbox.Route, error) {
-	resp, err := t.server.Wake(ctx, &proxyv1.WakeRequest{Id: string(id)})
+	resp, err := reach(ctx, t, func() (*proxyv1.WakeResponse, error) {
+		return t.server.Wake(ctx, &proxyv1.WakeRequest{Id: string(id)})
+	})
 	if err != nil {
 		return sandbox.Route{}, fmt.Errorf("wake sandbox %s: %w", id, fromServer(ctx, err))
 	}

@@ -3,7 +3,9 @@ package routes_test
 import (
 	"context"
 	"errors"
+	"net/http"
 	"net/http/httptest"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -37,6 +39,7 @@ type server struct {
 	err     error
 	lookups atomic.Int64
 	block   chan struct{} // lookups wait for it to be closed
+	link    *flakyLink
 	reports []*proxyv1.ReportRequest
 	ack     func(*proxyv1.ReportRequest) (int64, error)
 }
@@ -112,6 +115,19 @@ func (s *server) Report(_ context.Context, req *proxyv1.ReportRequest) (*proxyv1
 	return &proxyv1.ReportResponse{AcknowledgedSequence: ack}, err
 }
 
+// flakyLink is the way to a server; it breaks calls, but not what is watched.
+type flakyLink struct {
+	http.RoundTripper
+	broken atomic.Int64 // calls that are still to break
+}
+
+func (l *flakyLink) RoundTrip(r *http.Request) (*http.Response, error) {
+	if strings.HasSuffix(r.URL.Path, "/Watch") || strings.HasSuffix(r.URL.Path, "/Report") || l.broken.Add(-1) < 0 {
+		return l.RoundTripper.RoundTrip(r)
+	}
+	return nil, errors.New("the link broke")
+}
+
 // proxy notes what it is told.
 type proxy struct {
 	changed chan sandbox.Route
@@ -151,7 +167,8 @@ func newRig(t *testing.T, change func(*routes.Config)) *rig {
 	_, h := proxyv1connect.NewRouteServiceHandler(s)
 	web := httptest.NewServer(h)
 	t.Cleanup(web.Close)
-	cfg := routes.Config{Server: proxyv1connect.NewRouteServiceClient(web.Client(), web.URL), ReportEvery: time.Millisecond}
+	s.link = &flakyLink{RoundTripper: web.Client().Transport}
+	cfg := routes.Config{Server: proxyv1connect.NewRouteServiceClient(&http.Client{Transport: s.link}, web.URL), ReportEvery: time.Millisecond}
 	if change != nil {
 		change(&cfg)
 	}
@@ -355,6 +372,26 @@ func TestWake(t *testing.T) {
 		if _, err := r.table.Wake(t.Context(), "i2"); !errors.Is(err, kind) {
 			t.Errorf("%v gave %v, want %v", code, err, kind)
 		}
+	}
+}
+
+// TestLinkMadeAnew has requests wait for a link that broke a moment ago; a server that says no is not asked again.
+func TestLinkMadeAnew(t *testing.T) {
+	r := newRig(t, nil)
+	r.mu().known["i2"] = route("i2", 4)
+	r.link.broken.Store(2)
+	if _, err := r.table.Wake(t.Context(), "i1"); err != nil {
+		t.Errorf("wake: %v", err)
+	}
+	r.link.broken.Store(2)
+	r.want(t, "i2", 4)
+	asked := r.lookups.Load()
+	r.mu().err = connect.NewError(connect.CodeUnavailable, errors.New("no"))
+	if _, err := r.table.Route(t.Context(), "i3"); !errors.Is(err, sandbox.ErrUnavailable) {
+		t.Errorf("the server said no, and the table %v", err)
+	}
+	if n := r.lookups.Load() - asked; n != 1 {
+		t.Errorf("asked %d times, want once", n)
 	}
 }
 
