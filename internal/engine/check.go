@@ -36,6 +36,10 @@ func (s Spec) Check() error {
 	if err := s.checkPaths(); err != nil {
 		return err
 	}
+	if s.Checkpoint != "" && s.Stream != nil || s.Hold && s.Stream == nil {
+		return sandbox.Invalidf("sandbox %s: checkpoint %q, stream %t, hold %t: want one of the first two, and to hold only with a stream",
+			s.ID, s.Checkpoint, s.Stream != nil, s.Hold)
+	}
 	if s.Hostname != "" && !plainHost(s.Hostname) {
 		return sandbox.Invalidf("sandbox %s: host name %.80q: want 1 to 64 letters, digits, '-' or '.'", s.ID, s.Hostname)
 	}
@@ -66,7 +70,7 @@ func (s Spec) checkPaths() error {
 }
 
 func (s Spec) checkProgram() error {
-	if s.Checkpoint != "" && len(s.Args) == 0 {
+	if (s.Checkpoint != "" || s.Stream != nil) && len(s.Args) == 0 {
 		return nil // a checkpoint of memory needs none; an engine refuses others
 	}
 	if len(s.Args) == 0 || s.Args[0] == "" {

@@ -7,6 +7,7 @@ package engine
 
 import (
 	"context"
+	"io"
 	"time"
 
 	"github.com/cloister-dev/cloister/internal/sandbox"
@@ -55,8 +56,11 @@ type Engine interface {
 type SaveSpec struct {
 	// Dir is an empty directory. Where it and the guest's scratch directory lie on one file system with reflinks, what the
 	// guest wrote to its disk is shared, not copied.
-	Dir  string
-	Kind SaveKind
+	Dir string
+	// Stream takes the state in place of Dir, where it is not nil; only SaveMemory can be streamed. What was written is worth
+	// something once Save has returned without error.
+	Stream io.Writer
+	Kind   SaveKind
 	// Hold leaves the guest standing still after success, so that nothing that it does is later than what was saved.
 	Hold bool
 	// Volatile saves the time that flushing takes: a power failure soon after may damage what was saved.
@@ -118,6 +122,11 @@ type Spec struct {
 	// Checkpoint is a directory that Save has written with SaveMemory or SaveFiles; empty means a fresh start. RootFS must
 	// be the image that the saved guest ran from. After SaveMemory, Args, Env and Hostname are not used.
 	Checkpoint string
+	// Stream is what Save writes to a SaveSpec's Stream, in place of Checkpoint; the guest is loaded as it comes. It has to end
+	// with io.EOF once that Save has returned without error, and with another error after any other end: then Start fails.
+	Stream io.Reader
+	// Hold has a guest that comes from a Stream stand still until Thaw: it is loaded, and nothing of it has run.
+	Hold bool
 }
 
 // Guest is one entry of List.

@@ -68,6 +68,8 @@ func Run(t *testing.T, factory func(t *testing.T) Machine) {
 		{"SaveFiles", testSaveFiles},
 		{"SaveLayer", testSaveLayer},
 		{"Hold", testHold},
+		{"Stream", testStream},
+		{"StreamBreaksOff", testStreamBreaksOff},
 		{"SaveRefuses", testSaveRefuses},
 		{"CheckpointRefused", testCheckpointRefused},
 	} {

@@ -181,6 +181,7 @@ func (e *Engine) Start(ctx context.Context, spec engine.Spec) error {
 	spec.Args, spec.Env = slices.Clone(spec.Args), slices.Clone(spec.Env)
 	g := &guest{spec: spec, pid: h.nextPID, started: time.Now(), ended: make(chan struct{}), contents: contents}
 	h.guests[spec.ID] = g
+	g.stand(spec.Hold)
 	if exit != nil {
 		g.end(*exit)
 	}

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"time"
@@ -129,15 +130,20 @@ func (e *Engine) Save(ctx context.Context, id sandbox.ID, spec engine.SaveSpec) 
 	if h.guests[id] != g || !g.running() {
 		return engine.Saved{}, notFound(id)
 	}
-	n, err := g.write(spec)
-	if err != nil {
-		return engine.Saved{}, fmt.Errorf("save %s: %w: %w", id, sandbox.ErrUnavailable, err)
-	}
-	g.stand(spec.Hold)
-	out := engine.Saved{Bytes: n}
+	out := engine.Saved{}
 	if spec.Kind == engine.SaveMemory {
 		out.MemoryBytes = int64(len(g.contents.Memory))
 	}
+	stood := g.still()
+	g.stand(true) // so that nobody changes it
+	h.mu.Unlock() // who takes a stream takes its time
+	n, err := g.write(spec)
+	h.mu.Lock()
+	g.stand(stood && err != nil || spec.Hold && err == nil)
+	if err != nil {
+		return engine.Saved{}, fmt.Errorf("save %s: %w: %w", id, sandbox.ErrUnavailable, err)
+	}
+	out.Bytes = n
 	return out, nil
 }
 
@@ -147,6 +153,12 @@ func checkSave(spec engine.SaveSpec) error {
 	default:
 		return sandbox.Unsupportedf("no such kind as %.40q", spec.Kind)
 	}
+	if spec.Stream != nil {
+		if spec.Kind != engine.SaveMemory {
+			return sandbox.Unsupportedf("a stream of kind %q", spec.Kind)
+		}
+		return nil
+	}
 	entries, err := os.ReadDir(spec.Dir)
 	if err != nil || len(entries) > 0 {
 		return sandbox.Invalidf("directory %q: want one that exists and is empty", spec.Dir)
@@ -154,7 +166,7 @@ func checkSave(spec engine.SaveSpec) error {
 	return nil
 }
 
-// write writes a guest's state and returns its size in bytes. The Host must be locked.
+// write writes the state of a guest that stands still, and returns its size in bytes.
 func (g *guest) write(spec engine.SaveSpec) (int64, error) {
 	if spec.Kind == engine.SaveLayer {
 		var b bytes.Buffer
@@ -181,15 +193,30 @@ func (g *guest) write(spec engine.SaveSpec) (int64, error) {
 	if err != nil {
 		return 0, err
 	}
+	if spec.Stream != nil {
+		_, err := spec.Stream.Write(raw)
+		return int64(len(raw)), err
+	}
 	return int64(len(raw)), os.WriteFile(filepath.Join(spec.Dir, saveFile), raw, fileMode)
+}
+
+func readSaved(spec engine.Spec) ([]byte, error) {
+	if spec.Stream == nil {
+		return os.ReadFile(filepath.Join(spec.Checkpoint, saveFile))
+	}
+	raw, err := io.ReadAll(spec.Stream)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", sandbox.ErrUnavailable, err)
+	}
+	return raw, nil
 }
 
 // contentsOf reads what a guest holds at its start.
 func contentsOf(spec engine.Spec) (Contents, error) {
-	if spec.Checkpoint == "" {
+	if spec.Checkpoint == "" && spec.Stream == nil {
 		return Contents{}, nil
 	}
-	raw, err := os.ReadFile(filepath.Join(spec.Checkpoint, saveFile))
+	raw, err := readSaved(spec)
 	if errors.Is(err, os.ErrNotExist) {
 		return Contents{}, sandbox.Invalidf("checkpoint %s: it has no %s", spec.Checkpoint, saveFile)
 	}
@@ -208,6 +235,8 @@ func contentsOf(spec engine.Spec) (Contents, error) {
 		return Contents{}, sandbox.Invalidf("checkpoint %s: it was made with limits %+v: got %+v", spec.Checkpoint, s.Limits, spec.Limits)
 	case s.Kind == engine.SaveFiles && len(spec.Args) == 0:
 		return Contents{}, sandbox.Invalidf("checkpoint %s holds files alone: want a program to run", spec.Checkpoint)
+	case s.Kind != engine.SaveMemory && spec.Stream != nil:
+		return Contents{}, sandbox.Invalidf("a stream of kind %.40q", s.Kind)
 	case s.Kind != engine.SaveMemory && s.Kind != engine.SaveFiles:
 		return Contents{}, sandbox.Invalidf("checkpoint %s: it is of kind %.40q", spec.Checkpoint, s.Kind)
 	}

@@ -40,6 +40,11 @@ type fileServer struct {
 
 	served []*servedFile // by handle
 	wg     sync.WaitGroup
+	// kept is what a file that comes through a pipe may need; out is for those that go through one. Gone is closed when the
+	// sentry has hung up.
+	kept *os.File
+	out  outflow
+	gone chan struct{}
 
 	shared atomic.Int64 // bytes that were cloned
 	errno  atomic.Int64 // the first error of a transfer
@@ -52,6 +57,8 @@ type servedFile struct {
 	ep     flipcall.Endpoint
 	done   chan struct{} // closed when ep is not used any more
 	offset int64         // of the next byte that is written
+	piped  bool          // file is a pipe
+	in     incoming      // where it is, and is read
 
 	mu      sync.Mutex
 	clients []*clientFile // by handle
@@ -71,7 +78,16 @@ func (s *fileServer) serve() error {
 		return fmt.Errorf("make packet windows: %w", err)
 	}
 	defer s.windows.Destroy()
+	s.kept = s.files[keptFile]
+	delete(s.files, keptFile)
+	s.gone, s.out.whole = make(chan struct{}), make(chan struct{})
+	for _, f := range s.files {
+		if !isPipe(f) {
+			s.out.open++
+		}
+	}
 	err := s.answerAll()
+	close(s.gone)
 	for _, f := range s.served {
 		if f != nil {
 			f.ep.Shutdown()
@@ -153,7 +169,7 @@ func (s *fileServer) open(req stateipc.OpenRequest) (*stateipc.OpenResponse, int
 	if err != nil {
 		return nil, -1, err
 	}
-	f := &servedFile{server: s, file: file, done: make(chan struct{})}
+	f := &servedFile{server: s, file: file, done: make(chan struct{}), piped: isPipe(file), in: incoming{pipe: file, kept: s.kept}}
 	if err := f.ep.Init(flipcall.ServerSide, window); err != nil {
 		return nil, -1, err
 	}
@@ -219,6 +235,9 @@ func (s *fileServer) closeHandle(handle uint32) error {
 	<-f.done
 	f.close()
 	s.served[handle] = nil
+	if f.piped && !s.write {
+		return f.in.drain() // it has an end as soon as the guest may run
+	}
 	return nil
 }
 

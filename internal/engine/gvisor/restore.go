@@ -19,6 +19,10 @@ import (
 // checkpointOf reads what spec.Checkpoint holds, checks that it fits the spec, and gives the spec what a checkpoint decides.
 // Without a checkpoint it returns the zero manifest.
 func checkpointOf(spec *engine.Spec) (manifest, error) {
+	if spec.Stream != nil { // its head comes with it
+		spec.Args, spec.Env = []string{"checkpoint"}, nil // gVisor wants a name, and does not run it
+		return manifest{Kind: engine.SaveMemory, Limits: spec.Limits}, nil
+	}
 	if spec.Checkpoint == "" {
 		return manifest{}, nil
 	}
@@ -99,7 +103,7 @@ func (s *starting) image() string {
 // the guest's new disk. Files alone always come that way, since a sentry that opens them never closes them again.
 func (s *starting) prepareShare(disk *os.File) error {
 	switch {
-	case s.from.Kind == engine.SaveFiles:
+	case s.from.Kind == engine.SaveFiles, s.inflow != nil:
 		s.share = true
 	case s.from.Kind == engine.SaveMemory && s.from.DiskBytes >= minShared:
 		pages, err := os.Open(filepath.Join(s.spec.Checkpoint, checkpointfiles.PagesFileName))
@@ -127,18 +131,14 @@ func (s *starting) prepareShare(disk *os.File) error {
 // serve starts the server of the checkpoint's files, in the guest's control group: who reads a page into memory is charged
 // for it.
 func (s *starting) serve(sock uintptr) error {
-	files := map[string]*os.File{}
+	files, err := s.checkpointFiles()
 	defer func() {
 		for _, f := range files {
 			_ = f.Close() // the server has its own
 		}
 	}()
-	for _, name := range kindFiles(s.from.Kind) {
-		f, err := os.Open(filepath.Join(s.spec.Checkpoint, name)) //nolint:gosec // the node chose the path
-		if err != nil {
-			return fmt.Errorf("open checkpoint: %w", err)
-		}
-		files[name] = f
+	if err != nil {
+		return fmt.Errorf("open checkpoint: %w", err)
 	}
 	dir, tasks, err := s.e.cgroups.entrance(s.spec.ID)
 	if err != nil {
@@ -160,9 +160,28 @@ func (s *starting) serve(sock uintptr) error {
 	return nil
 }
 
+// checkpointFiles opens what the server is to serve.
+func (s *starting) checkpointFiles() (map[string]*os.File, error) {
+	if s.inflow != nil {
+		return s.inflow.take(), nil
+	}
+	files := map[string]*os.File{}
+	for _, name := range kindFiles(s.from.Kind) {
+		f, err := os.Open(filepath.Join(s.spec.Checkpoint, name)) //nolint:gosec // the node chose the path
+		if err != nil {
+			return files, err
+		}
+		files[name] = f
+	}
+	return files, nil
+}
+
 // hangUp ends the server, if there is one.
 func (s *starting) hangUp() error {
 	starts.Delete(s.bundle)
+	if s.inflow != nil {
+		s.inflow.close()
+	}
 	if s.files == nil {
 		return nil
 	}

@@ -75,14 +75,18 @@ func (e *Engine) Save(ctx context.Context, id sandbox.ID, spec engine.SaveSpec) 
 
 // run saves the guest, which stands still before and after, if at all, only as the spec says.
 func (s *saving) run(ctx context.Context) (engine.Saved, error) {
-	if err := s.open(); err != nil {
-		return engine.Saved{}, err
+	write := s.stream
+	if s.spec.Stream == nil {
+		write = s.write
+		if err := s.open(); err != nil {
+			return engine.Saved{}, err
+		}
 	}
 	stood, err := s.e.settle(ctx, s.g)
 	if err != nil {
 		return engine.Saved{}, err
 	}
-	saved, err := s.write(ctx)
+	saved, err := write(ctx)
 	if err == nil && s.spec.Hold || err != nil && stood {
 		return saved, err
 	}

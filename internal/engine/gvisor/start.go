@@ -42,7 +42,8 @@ type starting struct {
 	proc   *process
 	from   manifest // of spec.Checkpoint
 	files  *fileProcess
-	share  bool // files come from a server, which clones what it can
+	share  bool    // files come from a server, which clones what it can
+	inflow *inflow // what spec.Stream goes through; nil without one
 	// restoring says that the sentry has the checkpoint, and has not started from it yet.
 	restoring bool
 }
@@ -114,9 +115,7 @@ func (e *Engine) reserve(id sandbox.ID) error {
 
 // run takes the steps of a start, and takes them back on failure.
 func (s *starting) run(ctx context.Context) (*guest, error) {
-	verified := make(chan error, 1)
-	go func() { verified <- s.from.verify(s.spec.Checkpoint) }() // while the sentry comes up
-	err := errors.Join(s.create(ctx), <-verified)
+	err := s.prepare(ctx)
 	if err == nil {
 		err = s.begin(ctx)
 	}
@@ -138,6 +137,20 @@ func (s *starting) run(ctx context.Context) (*guest, error) {
 		err = errors.Join(err, fmt.Errorf("undo start of %s: %w", s.spec.ID, clearErr))
 	}
 	return nil, err
+}
+
+// prepare makes a sentry, and meanwhile looks at what it is to start from.
+func (s *starting) prepare(ctx context.Context) error {
+	look := func() error { return s.from.verify(s.spec.Checkpoint) }
+	if s.spec.Stream != nil {
+		if err := s.openInflow(); err != nil {
+			return err
+		}
+		look = func() error { return s.inflow.receiveHead(&s.spec) }
+	}
+	looked := make(chan error, 1)
+	go func() { looked <- look() }()
+	return errors.Join(s.create(ctx), <-looked)
 }
 
 // create makes everything of the guest up to a sentry that waits for the signal to start.
@@ -212,6 +225,8 @@ func (s *starting) scratch() (*os.File, error) {
 
 // spawn starts the sentry in its control group.
 func (s *starting) spawn(ctx context.Context, args *runsc.Args) error {
+	release := holdForeign()
+	defer func() { go release() }() // nobody is to wait for it
 	err := s.killable(ctx, func() (err error) {
 		defer restoreOwners(s.e.stdio)
 		s.boxed, err = runsc.New(&s.conf, args)
@@ -232,6 +247,7 @@ func (s *starting) spawn(ctx context.Context, args *runsc.Args) error {
 // begin lets the sentry run the guest's first process, or go on from its checkpoint.
 func (s *starting) begin(ctx context.Context) error {
 	s.restoring = s.from.Kind != ""
+	ctx, fed := s.feeding(ctx)
 	err := s.killable(ctx, func() error {
 		switch s.from.Kind {
 		case engine.SaveMemory:
@@ -245,7 +261,7 @@ func (s *starting) begin(ctx context.Context) error {
 		}
 		return s.boxed.StartRoot(&s.conf, s.oci)
 	})
-	if err != nil {
+	if err = fed(err); err != nil {
 		return fmt.Errorf("start guest %s: %w", s.spec.ID, err)
 	}
 	s.restoring = false

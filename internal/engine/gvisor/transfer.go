@@ -46,6 +46,9 @@ type completion struct {
 func (f *servedFile) answer(window []byte, transfers uint32) (completions uint32, last bool) {
 	request := bytes.Clone(window) // the sentry can change the window at any time
 	if f.server.write && binary.NativeEndian.Uint32(request[4:]) != 0 {
+		if !f.piped {
+			f.server.out.finished()
+		}
 		putAnswer(window, int32(f.server.errno.Load()), nil) //nolint:gosec // an errno
 		return 0, true
 	}
@@ -153,6 +156,11 @@ func (f *servedFile) transfer(t transfer) (uint32, error) {
 	if c == nil {
 		return 0, unix.EINVAL
 	}
+	if f.piped && f.server.write {
+		if err := f.server.out.wait(f.server.gone); err != nil {
+			return 0, err
+		}
+	}
 	offset := t.offset
 	if f.server.write {
 		offset = f.offset
@@ -220,13 +228,19 @@ func (f *servedFile) share(c *clientFile, s span, offset int64) error {
 
 // copy reads or writes the whole of part. Only the kernel touches it: where the sentry has cut its file off, that is EFAULT.
 func (f *servedFile) copy(part []byte, offset int64) (int, error) {
+	if f.piped && !f.server.write {
+		return f.in.readAt(part, offset)
+	}
 	done := 0
 	for done < len(part) {
 		var n int
 		var err error
-		if f.server.write {
+		switch {
+		case f.piped:
+			n, err = unix.Write(int(f.file.Fd()), part[done:])
+		case f.server.write:
 			n, err = unix.Pwrite(int(f.file.Fd()), part[done:], offset+int64(done))
-		} else {
+		default:
 			n, err = unix.Pread(int(f.file.Fd()), part[done:], offset+int64(done))
 		}
 		switch {
