@@ -69,6 +69,9 @@ func (a *Agent) Return(ctx context.Context, req *agentv1.ReturnRequest) (*agentv
 }
 
 func (a *Agent) comeBack(ctx context.Context, in *instance, generation int64) error {
+	if r := in.record(); stands(&r) {
+		in.interrupt(sandbox.Unavailablef("sandbox %s goes on at node %s", in.id, a.node))
+	}
 	if err := in.lock(ctx); err != nil {
 		return err
 	}
@@ -92,19 +95,12 @@ func (a *Agent) comeBack(ctx context.Context, in *instance, generation int64) er
 		r.Generation = generation - 1 // what follows adds the rest
 		in.set(&r)
 	}
-	err := a.goOn(ctx, in, "returned")
-	if now := in.record(); err == nil || now.State != sandbox.StateMigrating {
-		return err
-	}
-	a.log.WarnContext(ctx, "sandbox not restored: it is paused", slog.String("sandbox_id", string(in.id)), slog.Any("err", err))
-	r = in.record()
-	r.Runs = false
-	r.Append(journal.Line{Time: now(), Level: "warn", Message: fmt.Sprintf("sandbox not resumed, it is paused: %v", err)})
-	return a.putStill(context.WithoutCancel(ctx), in, r, "returned")
+	return a.goOn(ctx, in, "returned")
 }
 
 // goOn ends a move here: the sandbox is what it was when it departed, or what its end makes of it if that has come meanwhile.
-// Once begun, it does not depend on the caller. After an error it is migrating as before.
+// Once begun, it does not depend on the caller. After an error it is migrating as before; of a received one that was to run
+// nothing is left, since what it has done here must not count.
 //
 // Preconditions: the caller holds in.op.
 func (a *Agent) goOn(ctx context.Context, in *instance, change string) error {
@@ -112,6 +108,7 @@ func (a *Agent) goOn(ctx context.Context, in *instance, change string) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), a.cfg.CreateTimeout)
 	defer cancel()
 	r := in.record()
+	received := r.Received
 	switch over := !r.EndAt.IsZero() && !r.EndAt.After(now()) && !r.IdleTimeout; {
 	case !r.Runs:
 		return a.putStill(ctx, in, r, change)
@@ -123,27 +120,27 @@ func (a *Agent) goOn(ctx context.Context, in *instance, change string) error {
 		in.set(&r)
 		return a.end(ctx, in, timedOut(endReason(&r)))
 	}
-	if in.isLeft() {
-		if err := a.takeBack(ctx, in); err != nil {
-			return err
-		}
-	}
-	err := a.restore(ctx, in)
+	err := a.proceed(ctx, in)
 	if err == nil {
-		r = in.record()
 		r.Runs, r.Received = false, false
+		in.reopen()
 		err = a.putRestored(ctx, in, r, change)
 	}
 	a.metrics.saved(change, err, began)
+	switch {
+	case err != nil && received:
+		a.retryLater(ctx, in, a.dropCopy(ctx, in))
+	case isNotFound(err):
+		return a.lose(ctx, in, "the sandbox's process ended while it moved")
+	}
 	if err != nil {
-		a.retryLater(ctx, in, a.takeBack(ctx, in))
 		return fmt.Errorf("go on with sandbox %s: %w", in.id, notOfTheCaller(err))
 	}
 	a.log.InfoContext(ctx, "sandbox moved", slog.String("op", change), slog.String("sandbox_id", string(in.id)), slog.Duration("after", time.Since(began)))
 	return nil
 }
 
-// takeBack takes away the guest and the network of a sandbox that is to stay migrating, or is paused next.
+// takeBack takes away what is left of the guest and the network of a sandbox that moves in a checkpoint, or is paused next.
 //
 // Preconditions: the caller holds in.op.
 func (a *Agent) takeBack(ctx context.Context, in *instance) error {
@@ -154,12 +151,20 @@ func (a *Agent) takeBack(ctx context.Context, in *instance) error {
 	return err
 }
 
-// putStill ends a move here with a sandbox that is paused.
-func (a *Agent) putStill(ctx context.Context, in *instance, r journal.Record, change string) error {
-	if err := a.takeBack(ctx, in); err != nil {
-		return err
-	}
-	if err := a.saves.Flush(r.Checkpoint); err != nil { // as long as it moved, nobody was promised that it outlives the power
+// putStill ends a move here with a sandbox that is paused. One that moved with its guest is saved for that; until the journal says
+// that it is paused, the guest decides.
+func (a *Agent) putStill(ctx context.Context, in *instance, r journal.Record, change string) (err error) {
+	if stands(&r) {
+		if r, err = a.saveStanding(ctx, in, r); err != nil {
+			return err
+		}
+		r.PausedAt = now()
+		defer func() {
+			if err == nil {
+				a.retryLater(ctx, in, a.leave(ctx, in))
+			}
+		}()
+	} else if err := a.takeBack(ctx, in); err != nil {
 		return err
 	}
 	r.State, r.Received, r.Runs, r.Deadline, r.Network = sandbox.StatePaused, false, false, time.Time{}, journal.Network{}
@@ -172,13 +177,16 @@ func (a *Agent) putStill(ctx context.Context, in *instance, r journal.Record, ch
 // say.
 //
 // Preconditions: the caller holds in.op.
-func (a *Agent) recoverMoving(ctx context.Context, in *instance) error {
-	if err := a.takeBack(ctx, in); err != nil {
-		return err
-	}
+func (a *Agent) recoverMoving(ctx context.Context, in *instance, running bool) error {
 	r := in.record()
 	if r.Received && r.Last.Sequence == 0 {
 		return a.unreceive(ctx, in) // nobody was told of it
+	}
+	if stands(&r) {
+		return a.recoverStanding(ctx, in, running)
+	}
+	if err := a.takeBack(ctx, in); err != nil {
+		return err
 	}
 	_, err := a.saves.Get(r.Checkpoint)
 	switch {

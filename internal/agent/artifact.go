@@ -20,7 +20,7 @@ import (
 // An artifact is got with one GET: /images/DIGEST?from=OFFSET or /checkpoints/ID?file=NAME&from=OFFSET. The answer's body is
 // a head with its length before it (4 bytes, big endian), and what there is from that place on: the rest of the image, or
 // the frames of the checkpoint's files as package snapshot describes them. It ends with the last byte of the last file; an
-// answer that ends before has broken off.
+// answer that ends before has broken off. A guest that departs is got with GET /guests/ID?generation=NUMBER, once and as a whole.
 
 // stallTimeout is how long the other side of a transfer may do nothing.
 const stallTimeout = 30 * time.Second
@@ -42,21 +42,22 @@ var statuses = []struct {
 // connection says who that is, and is checked where it arrives.
 func (a *Agent) Artifacts() http.Handler {
 	mux := http.NewServeMux()
-	serve := func(pattern string, send func(w http.ResponseWriter, r *http.Request, from int64) error) {
+	serve := func(pattern, number string, send func(w http.ResponseWriter, r *http.Request, n int64) error) {
 		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
-			from, err := strconv.ParseInt(r.URL.Query().Get("from"), 10, 64)
-			if err != nil || from < 0 {
-				http.Error(w, "from: want a number of bytes", http.StatusBadRequest)
+			n, err := strconv.ParseInt(r.URL.Query().Get(number), 10, 64)
+			if err != nil || n < 0 {
+				http.Error(w, number+": want a number", http.StatusBadRequest)
 				return
 			}
 			out := &patientWriter{ResponseWriter: w, control: http.NewResponseController(w)}
-			if err := send(out, r, from); err != nil {
+			if err := send(out, r, n); err != nil {
 				a.refuse(out, r, err)
 			}
 		})
 	}
-	serve("GET /images/{digest}", a.sendImage)
-	serve("GET /checkpoints/{id}", a.sendCheckpoint)
+	serve("GET /images/{digest}", "from", a.sendImage)
+	serve("GET /checkpoints/{id}", "from", a.sendCheckpoint)
+	serve("GET /guests/{id}", "generation", a.sendGuest)
 	return mux
 }
 
@@ -72,6 +73,9 @@ func (w *patientWriter) Write(p []byte) (int, error) {
 	_ = w.control.SetWriteDeadline(time.Now().Add(stallTimeout)) // without it, the connection's own end counts
 	return w.ResponseWriter.Write(p)
 }
+
+// Unwrap lets a ResponseController flush.
+func (w *patientWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
 // refuse answers with an error, or breaks an answer off that has begun.
 func (a *Agent) refuse(w *patientWriter, r *http.Request, err error) {

@@ -9,7 +9,6 @@ import (
 
 	"google.golang.org/protobuf/types/known/durationpb"
 
-	"github.com/cloister-dev/cloister/internal/engine"
 	agentv1 "github.com/cloister-dev/cloister/internal/gen/agent/v1"
 	"github.com/cloister-dev/cloister/internal/journal"
 	"github.com/cloister-dev/cloister/internal/sandbox"
@@ -27,7 +26,7 @@ const (
 // keeps that where it outlives a node: with Arrive or Return at the one, and Forget at the other. A node that was restarted
 // keeps what it has and waits to be told.
 
-// Depart saves a sandbox for a move.
+// Depart has a sandbox move.
 func (a *Agent) Depart(ctx context.Context, req *agentv1.DepartRequest) (*agentv1.DepartResponse, error) {
 	a.followClock(ctx)
 	in, err := a.movable(req.GetId())
@@ -84,12 +83,7 @@ func (a *Agent) depart(ctx context.Context, in *instance, grace, deadline time.D
 	if err := in.lock(ctx); err != nil {
 		return err
 	}
-	release := true
-	defer func() {
-		if release {
-			a.release(in)
-		}
-	}()
+	defer a.release(in)
 	switch r := in.record(); {
 	case r.State == sandbox.StateMigrating && !r.Received:
 		return nil // asked again
@@ -103,18 +97,7 @@ func (a *Agent) depart(ctx context.Context, in *instance, grace, deadline time.D
 	if err := in.emptied(ctx, grace); err != nil {
 		return err
 	}
-	if err := a.departRunning(ctx, in, deadline); err != nil {
-		return err
-	}
-	// The guest, which stands still, is in nobody's way: where the sandbox goes, it need not be waited for.
-	release = !a.crew.run(func(ctx context.Context) {
-		defer a.release(in)
-		a.retryLater(ctx, in, a.leave(ctx, in))
-	})
-	if release {
-		a.retryLater(ctx, in, a.leave(ctx, in))
-	}
-	return nil
+	return a.departRunning(ctx, in, deadline)
 }
 
 // departPaused marks a paused sandbox as one that moves.
@@ -128,48 +111,34 @@ func (a *Agent) departPaused(ctx context.Context, in *instance, deadline time.Du
 	if err != nil {
 		return notOfTheCaller(err)
 	}
-	return a.putDeparted(ctx, in, &m, false, deadline)
+	return a.putDeparted(ctx, in, &m, deadline)
 }
 
-// departRunning saves a running sandbox, whose guest stands still from then on and is to be taken away; once begun, it does not
-// depend on the caller. After an error the sandbox runs, or is about to. What a crash in between leaves is that of a pause.
+// departRunning marks a running sandbox as one that moves. Its guest goes on, with nobody connected, until the other node begins
+// to get it.
 //
 // Preconditions: the caller holds in.op.
-func (a *Agent) departRunning(ctx context.Context, in *instance, deadline time.Duration) (err error) {
-	began := time.Now()
-	defer func() { a.metrics.saved("depart", err, began) }()
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), a.cfg.PauseTimeout)
-	defer cancel()
+func (a *Agent) departRunning(ctx context.Context, in *instance, deadline time.Duration) error {
 	defer in.setDeparting(false)
-	if err := a.putPausing(ctx, in, ""); err != nil {
-		return err
-	}
 	in.closeConns()
-	// What a power failure takes with it runs now, and would not survive that here either: there is nothing to flush.
-	m, err := a.saveHeld(ctx, in, engine.SaveSpec{Kind: engine.SaveMemory, Volatile: true})
-	if err == nil {
-		err = a.putDeparted(ctx, in, &m, true, deadline)
-	}
+	err := a.putDeparted(context.WithoutCancel(ctx), in, nil, deadline)
 	if err != nil {
-		err = fmt.Errorf("move sandbox %s: %w", in.id, err)
-		a.retryLater(ctx, in, a.unpause(ctx, in, err))
-		return err
+		in.reopen()
+		return fmt.Errorf("move sandbox %s: %w", in.id, err)
 	}
-	a.log.InfoContext(ctx, "sandbox departed", slog.String("op", "depart"), slog.String("sandbox_id", string(in.id)),
-		slog.Int64("bytes", m.Bytes), slog.Duration("after", time.Since(began)))
+	a.log.InfoContext(ctx, "sandbox departed", slog.String("op", "depart"), slog.String("sandbox_id", string(in.id)))
 	return nil
 }
 
-// putDeparted makes the checkpoint count, wherever the sandbox goes on from it.
-func (a *Agent) putDeparted(ctx context.Context, in *instance, m *snapshot.Manifest, runs bool, deadline time.Duration) error {
+// putDeparted makes a sandbox one that moves in a checkpoint, or without one with its guest.
+func (a *Agent) putDeparted(ctx context.Context, in *instance, m *snapshot.Manifest, deadline time.Duration) error {
 	r, at := in.record(), now()
-	if runs {
-		r.PausedAt = at
+	r.State, r.Deadline, r.Runs = sandbox.StateMigrating, at.Add(deadline), m == nil
+	if m != nil {
+		r.Network, r.Checkpoint, r.PausedKind, r.PausedBytes = journal.Network{}, m.ID, m.Kind, m.Bytes
 	}
-	r.State, r.Deadline, r.Network, r.Runs = sandbox.StateMigrating, at.Add(deadline), journal.Network{}, runs
-	r.Checkpoint, r.PausedKind, r.PausedBytes = m.ID, m.Kind, m.Bytes
 	r.Generation++
-	r.Append(journal.Line{Time: at, Level: "info", Message: "sandbox saved to be moved to another node"})
+	r.Append(journal.Line{Time: at, Level: "info", Message: "sandbox is moved to another node"})
 	return a.put(ctx, in, r, journal.Change{Type: "departed", Time: at, Sandbox: r.Sandbox})
 }
 

@@ -205,7 +205,7 @@ type initBody struct {
 func (a *Agent) settingsFor(r *journal.Record) (b initBody, known string, err error) {
 	b = initBody{Timestamp: now(), Hostname: string(r.ID), Resolvers: a.cfg.Resolvers, SandboxID: string(r.ID), TemplateID: string(r.TemplateID)}
 	again := r.State == sandbox.StateResuming || r.State == sandbox.StateMigrating
-	if !again || r.PausedKind != sandbox.CheckpointMemory { // else it knows them
+	if !again || !stands(r) && r.PausedKind != sandbox.CheckpointMemory { // else it knows them
 		b.EnvVars, b.DefaultUser, b.DefaultWorkdir = r.Guest.Env, cmp.Or(r.Guest.User, "user"), r.Guest.WorkDir
 		if b.DefaultWorkdir == "" {
 			b.DefaultWorkdir = homeOf(b.DefaultUser)

@@ -78,7 +78,7 @@ func (n *node) tryMove(to *node, id sandbox.ID) (placed bool, gen int64) {
 		return false, 100
 	}
 	gen = p.GetSandbox().GetGeneration() + 1
-	if copyCheckpoint(n.saves, to.saves, p.GetCheckpoint().GetId()) != nil || to.receive(p, gen) != nil {
+	if to.receive(p, gen) != nil {
 		return false, gen
 	}
 	if to.arrive(id, gen) == nil {

@@ -2,7 +2,6 @@ package agent
 
 import (
 	"errors"
-	"net/http"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -18,7 +17,12 @@ import (
 // bubbles runs a test on two machines, with a clock of their own.
 func bubbles(t *testing.T, f func(m, to *machine)) {
 	t.Helper()
-	synctest.Test(t, func(t *testing.T) { f(newMachine(t), newMachine(t)) })
+	synctest.Test(t, func(t *testing.T) {
+		m, to := newMachine(t), newMachine(t)
+		m.near = newWire()
+		to.near = m.near
+		f(m, to)
+	})
 }
 
 func (n *node) depart(id sandbox.ID, change ...func(*agentv1.DepartRequest)) (*agentv1.Parcel, error) {
@@ -31,7 +35,9 @@ func (n *node) depart(id sandbox.ID, change ...func(*agentv1.DepartRequest)) (*a
 }
 
 func (n *node) receive(p *agentv1.Parcel, generation int64) error {
-	_, err := n.Receive(n.m.t.Context(), &agentv1.ReceiveRequest{Parcel: p, Generation: generation})
+	_, err := n.Receive(n.m.t.Context(), &agentv1.ReceiveRequest{
+		Parcel: p, Generation: generation, Peers: []*agentv1.Peer{{NodeId: p.GetSandbox().GetNodeId()}},
+	})
 	return err
 }
 
@@ -50,10 +56,12 @@ func (n *node) forget(id sandbox.ID, below int64) error {
 	return err
 }
 
-// carry copies a checkpoint to another node, as a fetch does.
+// carry copies the checkpoint that a sandbox moves in, if it does, to another node, as a fetch does.
 func (n *node) carry(to *node, p *agentv1.Parcel) {
 	n.m.t.Helper()
-	n.m.check(copyCheckpoint(n.saves, to.saves, p.GetCheckpoint().GetId()))
+	if p.GetCheckpoint() != nil {
+		n.m.check(copyCheckpoint(n.saves, to.saves, p.GetCheckpoint().GetId()))
+	}
 }
 
 // move takes a sandbox from one node to the other, as a server does.
@@ -85,24 +93,23 @@ func TestMove(t *testing.T) {
 		if _, err := conn.Read(make([]byte, 1)); err == nil {
 			t.Error("an open connection went on")
 		}
-		if again, err := n.depart(id); err != nil || again.GetCheckpoint().GetId() != p.GetCheckpoint().GetId() {
+		if again, err := n.depart(id); err != nil || again.GetCheckpoint() != nil || !again.GetRunning() {
 			t.Errorf("departed again: %v, %v", again, err)
 		}
 		synctest.Wait()
 		n.verify()
-		if len(m.guests()) != 0 {
-			t.Error("a guest is left")
-		}
 		if held := n.jour.Ledger().Allocated.Resources; held.MemoryBytes != small().MemoryBytes {
 			t.Errorf("the room to return is not kept: %+v", held)
 		}
 		refusals(t, n, id)
 
-		n.carry(to, p)
 		gen := p.GetSandbox().GetGeneration() + 1
 		m.check(to.receive(p, gen))
 		m.check(to.receive(p, gen)) // asked again
 		to.verify()
+		if !m.host.Still(id) || !other.host.Still(id) {
+			t.Error("a guest does not stand still")
+		}
 		refusals(t, to, id)
 		if got := to.jour.Ledger().Allocated; got.Sandboxes != 1 || got.Resources.MemoryBytes != small().MemoryBytes {
 			t.Errorf("allocated: %+v", got)
@@ -247,16 +254,19 @@ func TestReceiveRefuses(t *testing.T) {
 	bubbles(t, func(m, other *machine) {
 		t := m.t
 		other.opt.Capacity = small()
-		other.opt.Capacity.DiskBytes += mib // for what it was saved in
 		n, to := m.boot(), other.boot()
 		id := n.create()
 		p, err := n.depart(id)
 		m.check(err)
 		gen := p.GetSandbox().GetGeneration() + 1
-		if err := to.receive(p, gen); !errors.Is(err, sandbox.ErrNotFound) {
-			t.Errorf("without the checkpoint: %v", err)
+		if _, err := to.Receive(t.Context(), &agentv1.ReceiveRequest{Parcel: p, Generation: gen}); !errors.Is(err, sandbox.ErrNotFound) {
+			t.Errorf("from nobody: %v", err)
 		}
-		n.carry(to, p)
+		p.Sandbox.Generation--
+		if err := to.receive(p, gen); !errors.Is(err, sandbox.ErrConflict) || m.host.Still(id) {
+			t.Errorf("of another departure: %v; it stands still: %t", err, m.host.Still(id))
+		}
+		p.Sandbox.Generation++
 		if err := to.receive(p, gen-1); !errors.Is(err, sandbox.ErrConflict) {
 			t.Errorf("with a generation that it had: %v", err)
 		}
@@ -273,43 +283,6 @@ func TestReceiveRefuses(t *testing.T) {
 		if err := to.forget(id, 0); !errors.Is(err, sandbox.ErrConflict) {
 			t.Errorf("one that runs, forgotten without a generation: %v", err)
 		}
-	})
-}
-
-// TestArriveThatFails leaves the sandbox migrating, so that the server can choose.
-func TestArriveThatFails(t *testing.T) {
-	bubbles(t, func(m, other *machine) {
-		t := m.t
-		n, to := m.boot(), other.boot()
-		id := n.create()
-		m.put(id, "mem", "disk")
-		p, err := n.depart(id)
-		m.check(err)
-		n.carry(to, p)
-		gen := p.GetSandbox().GetGeneration() + 1
-		m.check(to.receive(p, gen))
-		other.onGuest(func(sandbox.ID, *http.Request) (int, string) { return http.StatusInternalServerError, "no" })
-		if err := to.arrive(id, gen); !errors.Is(err, sandbox.ErrUnavailable) {
-			t.Errorf("arrived: %v", err)
-		}
-		if got := to.state(id); got != "migrating" || len(other.guests()) != 0 {
-			t.Errorf("state: %s, guests %v", got, other.guests())
-		}
-		other.onGuest(nil)
-		m.check(to.arrive(id, gen))
-		if got := other.holds(id); got != "mem/disk" {
-			t.Errorf("it holds %s", got)
-		}
-		to.verify()
-
-		_, err = to.depart(id)
-		m.check(err)
-		other.onGuest(func(sandbox.ID, *http.Request) (int, string) { return http.StatusInternalServerError, "no" })
-		m.check(to.comeBack(id, 0))
-		if got := to.state(id); got != "paused" {
-			t.Errorf("returned where it cannot be restored: %s", got)
-		}
-		to.verify()
 	})
 }
 
@@ -362,7 +335,6 @@ func TestMoveMeetsTheEnd(t *testing.T) {
 			id := n.create(func(r *agentv1.CreateRequest) { r.AutoPause = auto })
 			p, err := n.depart(id)
 			m.check(err)
-			n.carry(to, p)
 			gen := p.GetSandbox().GetGeneration() + 1
 			m.check(to.receive(p, gen))
 			pass(10 * time.Minute)
@@ -394,7 +366,6 @@ func TestMigratingSurvives(t *testing.T) {
 		m.put(id, "mem", "disk")
 		p, err := n.depart(id)
 		m.check(err)
-		n.carry(to, p)
 		gen := p.GetSandbox().GetGeneration() + 1
 		m.check(to.receive(p, gen))
 		n.down()

@@ -78,6 +78,12 @@ func (p *peer) openCheckpoint(ctx context.Context, id string, at snapshot.Positi
 	return head, body, nil
 }
 
+// openGuest returns the stream of a guest that departs with a generation.
+func (p *peer) openGuest(ctx context.Context, id sandbox.ID, generation int64) (io.ReadCloser, error) {
+	_, body, err := p.get(ctx, "/guests/"+string(id), url.Values{"generation": {strconv.FormatInt(generation, 10)}}, maxGuestText)
+	return body, err
+}
+
 // get asks for an artifact, and returns its head and the rest of the answer. Whoever is asked may do nothing for a while,
 // but not for longer.
 func (p *peer) get(ctx context.Context, path string, query url.Values, most int) (head []byte, body io.ReadCloser, err error) {

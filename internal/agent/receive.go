@@ -23,7 +23,7 @@ func (a *Agent) Receive(ctx context.Context, req *agentv1.ReceiveRequest) (*agen
 	if err != nil {
 		return nil, toWireError(err)
 	}
-	moved, err := a.receive(ctx, in, sources{peers: req.GetPeers(), bucket: req.GetBucket()})
+	moved, err := a.receive(ctx, in, sources{peers: req.GetPeers(), bucket: req.GetBucket()}, req.GetParcel().GetSandbox().GetGeneration())
 	a.release(in)
 	if err != nil {
 		a.log.WarnContext(ctx, "sandbox not received", slog.String("op", "receive"), slog.String("sandbox_id", string(in.id)),
@@ -97,10 +97,11 @@ func (a *Agent) has(in *instance) bool {
 	return ok && known == in
 }
 
-// receive gets what a sandbox was saved in, and makes ready what it needs to go on.
+// receive gets what a sandbox needs to go on: its image, and its guest or what it was saved in. Departed is the generation that it
+// has where it comes from.
 //
 // Preconditions: the caller holds in.op.
-func (a *Agent) receive(ctx context.Context, in *instance, from sources) (moved int64, err error) {
+func (a *Agent) receive(ctx context.Context, in *instance, from sources, departed int64) (moved int64, err error) {
 	r := in.record()
 	if r.Last.Sequence > 0 {
 		return 0, nil // received before
@@ -108,8 +109,8 @@ func (a *Agent) receive(ctx context.Context, in *instance, from sources) (moved 
 	ctx, done := in.interruptible(ctx)
 	defer done()
 	moved, err = a.fetchFor(ctx, &r, from)
-	if err == nil {
-		err = a.makeReady(ctx, in)
+	if err == nil && stands(&r) {
+		moved, err = a.loadGuest(ctx, in, departed, from.peers)
 	}
 	if err == nil {
 		r, at := in.record(), now()
@@ -127,21 +128,20 @@ func (a *Agent) receive(ctx context.Context, in *instance, from sources) (moved 
 	return moved, fmt.Errorf("receive sandbox %s: %w", in.id, err)
 }
 
-// fetchFor gets the image and the checkpoint of a sandbox, where they are not here.
+// fetchFor gets the image and the checkpoint, if it has one, of a sandbox, where they are not here.
 func (a *Agent) fetchFor(ctx context.Context, r *journal.Record, from sources) (moved int64, err error) {
 	if _, err := a.images.Path(r.ImageDigest); err != nil {
 		if moved, err = a.fetchImage(ctx, r.ImageDigest, from); err != nil {
 			return moved, err
 		}
 	}
+	if stands(r) {
+		return moved, nil
+	}
 	m, err := a.saves.Get(r.Checkpoint)
 	if isNotFound(err) {
 		var n int64
-		as := keepOwn
-		if r.Runs {
-			as = keepForMove
-		}
-		m, n, err = a.fetchCheckpoint(ctx, r.Checkpoint, from, as)
+		m, n, err = a.fetchCheckpoint(ctx, r.Checkpoint, from, keepOwn)
 		moved += n
 	}
 	switch {
@@ -149,26 +149,8 @@ func (a *Agent) fetchFor(ctx context.Context, r *journal.Record, from sources) (
 		return moved, err
 	case m.SandboxID != r.ID || m.ImageDigest != r.ImageDigest:
 		return moved, sandbox.Invalidf("checkpoint %s is of sandbox %s with image %s, not of %s with %s", m.ID, m.SandboxID, m.ImageDigest, r.ID, r.ImageDigest)
-	case r.Runs && m.Resources != r.Resources:
-		return moved, sandbox.Invalidf("checkpoint %s was made with resources %+v and can only go on with them: got %+v", m.ID, m.Resources, r.Resources)
 	}
 	return moved, nil
-}
-
-// makeReady does ahead what need not be done while somebody waits for the sandbox.
-//
-// Preconditions: the caller holds in.op.
-func (a *Agent) makeReady(ctx context.Context, in *instance) error {
-	r := in.record()
-	if !r.Runs {
-		return nil
-	}
-	att, err := a.network.Acquire(ctx, in.id, policyOf(&r))
-	if err != nil {
-		return err
-	}
-	in.setNetwork(fromAttachment(&att))
-	return nil
 }
 
 // joinKey makes the idempotency key that a sandbox brought lead to it.
@@ -202,6 +184,10 @@ func (a *Agent) unreceive(ctx context.Context, in *instance) error {
 // dropFetched deletes what a copy of a sandbox would have gone on from, unless that was here before as a replica. It is gone
 // before anybody is told that the copy is: from then on it may be wanted here as a replica.
 func (a *Agent) dropFetched(ctx context.Context, r *journal.Record) {
+	if r.Checkpoint == "" {
+		a.poke() // its image may have lost its last user
+		return
+	}
 	if m, err := a.saves.Get(r.Checkpoint); err != nil || m.Replica && r.Received {
 		return
 	}

@@ -203,7 +203,7 @@ func (a *Agent) recoverOne(ctx context.Context, in *instance, running bool) erro
 	case r.State == sandbox.StateStopping:
 		err = a.end(ctx, in, r.Ending)
 	case r.State == sandbox.StateMigrating:
-		err = a.recoverMoving(ctx, in)
+		err = a.recoverMoving(ctx, in, running)
 	case r.State == sandbox.StatePaused, r.State == sandbox.StateResuming, r.State == sandbox.StatePausing && !running:
 		err = a.recoverPaused(ctx, in)
 	case r.State == sandbox.StatePausing:

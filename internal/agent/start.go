@@ -23,39 +23,46 @@ func (a *Agent) boot(ctx context.Context, in *instance) (*guestConn, error) {
 		return nil, err
 	}
 	defer from.Release()
+	if err := a.launch(ctx, in, engine.Spec{Checkpoint: from.Dir}); err != nil {
+		return nil, err
+	}
+	return a.awaitGuest(ctx, in)
+}
+
+// launch gives a sandbox its network and starts its guest from what spec names.
+//
+// Preconditions: the caller holds in.op and a place in the gate.
+func (a *Agent) launch(ctx context.Context, in *instance, spec engine.Spec) error {
+	r := in.record()
 	path, err := a.images.Path(r.ImageDigest)
 	if isNotFound(err) {
-		return nil, sandbox.Unavailablef("image of sandbox %s: %v: build the template again, or restart the node, which does that for the default one",
+		return sandbox.Unavailablef("image of sandbox %s: %v: build the template again, or restart the node, which does that for the default one",
 			in.id, err)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("image of sandbox %s: %w", in.id, err)
+		return fmt.Errorf("image of sandbox %s: %w", in.id, err)
 	}
-	att := toAttachment(in.id, &r.Network)
-	if r.State != sandbox.StateMigrating || att.NetNS == "" { // else it was acquired ahead
-		if att, err = a.network.Acquire(ctx, in.id, policyOf(&r)); err != nil {
-			return nil, err
-		}
-		in.setNetwork(fromAttachment(&att))
-	}
-	if err := context.Cause(ctx); err != nil {
-		return nil, err
-	}
-	err = a.engine.Start(ctx, engine.Spec{
-		ID: in.id, RootFS: path, ScratchDir: a.cfg.ScratchDir, NetNS: att.NetNS, Hostname: string(in.id),
-		Args: a.cfg.GuestArgs, Env: []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root"},
-		Limits: r.Resources, Checkpoint: from.Dir,
-	})
+	att, err := a.network.Acquire(ctx, in.id, policyOf(&r))
 	if err != nil {
+		return err
+	}
+	in.setNetwork(fromAttachment(&att))
+	if err := context.Cause(ctx); err != nil {
+		return err
+	}
+	spec.ID, spec.RootFS, spec.ScratchDir, spec.NetNS, spec.Hostname = in.id, path, a.cfg.ScratchDir, att.NetNS, string(in.id)
+	spec.Args, spec.Env = a.cfg.GuestArgs, []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root"}
+	spec.Limits = r.Resources
+	if err = a.engine.Start(ctx, spec); err != nil {
 		if cause := context.Cause(ctx); cause != nil {
 			err = cause // says who ended it, and why
 		}
-		return nil, fmt.Errorf("start sandbox %s: %w", in.id, err)
+		return fmt.Errorf("start sandbox %s: %w", in.id, err)
 	}
 	if !a.watch(in) {
-		return nil, sandbox.Unavailablef("node %s is shutting down", a.node)
+		return sandbox.Unavailablef("node %s is shutting down", a.node)
 	}
-	return a.awaitGuest(ctx, in)
+	return nil
 }
 
 // watch waits in the background for the guest's end. It reports false when the node shuts down.
@@ -99,6 +106,11 @@ func (a *Agent) died(ctx context.Context, in *instance, life int, x engine.Exit)
 		// It was paused or rolled back meanwhile.
 	case r.State.Ended() || r.State == sandbox.StateStopping:
 		// Somebody ended it.
+	case r.State == sandbox.StateMigrating && !a.has(in):
+		// It did not come.
+	case r.State == sandbox.StateMigrating:
+		a.log.WarnContext(ctx, "sandbox ended while it moved", slog.String("sandbox_id", string(in.id)), slog.String("reason", reason))
+		a.retryLater(ctx, in, a.bereave(ctx, in))
 	case r.State == sandbox.StateCreating:
 		if _, known := a.get(in.id); known {
 			a.retryLater(ctx, in, a.clear(ctx, in))
