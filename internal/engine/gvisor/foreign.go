@@ -3,6 +3,7 @@ package gvisor
 import (
 	"fmt"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -24,7 +25,7 @@ func dropForeign(args []string) error {
 		if err != nil || fd <= unix.Stderr {
 			continue
 		}
-		if domain, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_DOMAIN); err == nil && domain == unix.AF_PACKET {
+		if isPacketSocket(fd) {
 			if err := unix.Close(fd); err != nil {
 				return fmt.Errorf("close packet socket %d: %w", fd, err)
 			}
@@ -35,6 +36,36 @@ func dropForeign(args []string) error {
 		}
 	}
 	return nil
+}
+
+func isPacketSocket(fd int) bool {
+	domain, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_DOMAIN)
+	return err == nil && domain == unix.AF_PACKET
+}
+
+// holdForeign keeps the packet sockets open that gVisor has left to this process's garbage collector, until the returned
+// function is called. Whoever closes one last waits until the kernel has told all processors, for up to 100 ms: without
+// this, that is now and then a sentry which has inherited it.
+func holdForeign() (release func()) {
+	entries, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		return func() {} // a slow start is no reason for none
+	}
+	var held []int
+	for _, e := range entries {
+		fd, err := strconv.Atoi(e.Name())
+		if err != nil || slices.Contains(held, fd) || !isPacketSocket(fd) { // held: the number was that of the directory
+			continue
+		}
+		if dup, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0); err == nil { // else it was closed just now
+			held = append(held, dup)
+		}
+	}
+	return func() {
+		for _, fd := range held {
+			_ = unix.Close(fd) // nothing was written
+		}
+	}
 }
 
 // namedFiles returns the descriptors that the arguments name: --controller-fd=7, --stdio-fds=3,4,5, --pass-fd=9:1.

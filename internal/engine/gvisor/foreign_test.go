@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strconv"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -34,6 +35,51 @@ func TestDropForeign(t *testing.T) {
 			t.Errorf("flags of file %d: %d, %v; want %d", i, got, err, want)
 		}
 	}
+}
+
+// A packet socket that the garbage collector closes while a sentry is started is closed last by this process, not by the sentry.
+func TestHoldForeign(t *testing.T) {
+	needHost(t)
+	packet, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var want unix.Stat_t
+	if err := unix.Fstat(packet, &want); err != nil {
+		t.Fatal(err)
+	}
+	release := holdForeign()
+	if err := unix.Close(packet); err != nil {
+		t.Fatal(err)
+	}
+	held := filesOf(t, &want)
+	if len(held) != 1 {
+		t.Fatalf("descriptors that hold the socket: %v, want one", held)
+	}
+	if flags, err := unix.FcntlInt(uintptr(held[0]), unix.F_GETFD, 0); err != nil || flags != unix.FD_CLOEXEC {
+		t.Errorf("flags %d, %v: sentries inherit it", flags, err)
+	}
+	release()
+	if left := filesOf(t, &want); len(left) > 0 {
+		t.Errorf("descriptors %v still hold the socket", left)
+	}
+}
+
+// filesOf returns this process's descriptors of one file.
+func filesOf(t *testing.T, want *unix.Stat_t) []int {
+	t.Helper()
+	entries, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var out []int
+	for _, e := range entries {
+		var st unix.Stat_t
+		if fd, err := strconv.Atoi(e.Name()); err == nil && unix.Fstat(fd, &st) == nil && st.Ino == want.Ino && st.Dev == want.Dev {
+			out = append(out, fd)
+		}
+	}
+	return out
 }
 
 func TestNamedFiles(t *testing.T) {
