@@ -40,7 +40,7 @@ func (a *app) proxyList() *cobra.Command {
 			return a.print(all, func(w io.Writer) {
 				row(w, "ID", "NAME", "STATE", "ADDRESS", "VERSION", "STARTED", "HEARD", "BEHIND", "CONNECTIONS", "REQUESTS")
 				for _, p := range all {
-					row(w, p.ID, orDash(p.Name), p.State, orDash(p.Address), p.Version, ago(p.Since), ago(p.HeardAt), behind(p),
+					row(w, orDash(p.ID), orDash(p.Name), p.State, orDash(p.Address), p.Version, ago(p.Since), ago(p.HeardAt), behind(p),
 						strconv.Itoa(p.Connections), strconv.Itoa(p.Requests))
 				}
 			})
@@ -77,7 +77,7 @@ func proxyNames(ctx context.Context, cn *conn) ([]string, error) {
 	all, err := cn.api.Proxies(ctx)
 	out := make([]string, 0, len(all))
 	for _, p := range all {
-		if p.ID != "local" {
+		if p.ID != "local" && p.ID != "" {
 			out = append(out, p.Name+"\t"+printable(p.State+" "+p.ID))
 		}
 	}

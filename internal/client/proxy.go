@@ -13,7 +13,8 @@ type Proxy struct {
 	ID   string `json:"id"`
 	Name string `json:"name"`
 	// State is ready, starting (it has not got the routing table yet), leaving (it takes no new requests), silent (it does not
-	// report, and may go on with what it has) or absent.
+	// report, and may go on with what it has), unreachable (likewise, of one that the server dials; its ID is empty where it was not
+	// reached yet) or absent.
 	State   string `json:"state"`
 	Version string `json:"version"`
 	// Address is the URL by which clients reach it, as it says.

@@ -187,8 +187,24 @@ func (f static) server(t *testing.T, s client.Sandbox) {
 	f.Wait("the sandbox to be paused", func(ctx context.Context) bool { return state(ctx, f.Server, s.ID) == "paused" })
 }
 
-// proxy ends the proxy softly and hard; the server finds it again.
+// proxy ends the proxy softly and hard; the server finds it again. One that was told to stop takes connections for a while, and a
+// second signal ends that.
 func (f static) proxy(t *testing.T, s client.Sandbox) {
+	f.edge.Signal(syscall.SIGTERM)
+	f.edge.Again("--proxy-drain-delay", "5m")
+	f.ready(t)
+	if err := syscall.Kill(f.edge.PID(), syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	f.Wait("the proxy to say that it stops", func(ctx context.Context) bool {
+		status, _ := probe(ctx, f.edge, "/readyz")
+		return status == http.StatusServiceUnavailable
+	})
+	f.Wait("the proxy to leave the list", func(ctx context.Context) bool {
+		p := proxyOf(ctx, f.Cluster, f.edge)
+		return p.State == "absent" || p.State == "leaving"
+	})
+	checkWork(t, f.Cluster, f.edge, s.ID)
 	for _, sig := range []os.Signal{syscall.SIGTERM, syscall.SIGKILL} {
 		f.edge.Signal(sig)
 		f.edge.Again()
