@@ -31,10 +31,10 @@ func (a *app) nodeList() *cobra.Command {
 				return cn.check(err)
 			}
 			return a.print(all, func(w io.Writer) {
-				row(w, "ID", "NAME", "STATE", "SANDBOXES", "WARM", "CPU", "MEMORY", "DISK", "ENGINES", "TAINTS", "SEEN")
+				row(w, "ID", "NAME", "STATE", "SANDBOXES", "WARM", "CPU", "MEMORY", "DISK", "ENGINES", "TAINTS", "VERSION", "ADDRESS", "SEEN")
 				for _, n := range all {
 					row(w, n.ID, n.Name, nodeState(n), strconv.Itoa(n.Sandboxes), strconv.Itoa(n.Warm), share(n, cpuShare),
-						share(n, memoryShare), share(n, diskShare), strings.Join(n.Engines, ","), taints(n), ago(n.LastSeenAt))
+						share(n, memoryShare), share(n, diskShare), strings.Join(n.Engines, ","), taints(n), n.Version, orDash(n.Address), ago(n.LastSeenAt))
 				}
 			})
 		},
@@ -116,7 +116,11 @@ func (a *app) printNode(n client.Node) error {
 		row(w, "disk", share(n, diskShare)+", "+percent(n.UsedDisk)+" in use")
 		row(w, "machine", cpus(n.Machine.MilliCPU)+" cores, "+size(n.Machine.MemoryBytes)+" of memory, "+size(n.Machine.DiskBytes)+" of disk")
 		row(w, "address", orDash(n.Address))
-		row(w, "cpu features", orDash(strings.Join(n.CPUFeatures, " ")))
+		features := wrapped(n.CPUFeatures)
+		row(w, "cpu features", orDash(features[0]))
+		for _, more := range features[1:] {
+			row(w, "", more)
+		}
 		row(w, "labels", pairs(n.Labels))
 		row(w, "taints", taints(n))
 		if n.Failures > 0 {
@@ -127,6 +131,20 @@ func (a *app) printNode(n client.Node) error {
 		row(w, "system", n.Architecture+", "+n.Kernel)
 		row(w, "registered", n.RegisteredAt.Local().Format(time.DateTime))
 	})
+}
+
+// wrapped joins words to lines that a terminal has room for; at least one, which may be empty.
+func wrapped(words []string) []string {
+	const width = 90
+	lines := []string{""}
+	for _, word := range words {
+		if last := &lines[len(lines)-1]; len(*last)+len(word) < width {
+			*last = strings.TrimPrefix(*last+" "+word, " ")
+		} else {
+			lines = append(lines, word)
+		}
+	}
+	return lines
 }
 
 func percent(part float64) string { return strconv.FormatFloat(part*100, 'f', 0, 64) + "%" }

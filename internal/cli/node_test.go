@@ -37,6 +37,22 @@ func TestNodeAdministration(t *testing.T) {
 	}
 }
 
+func TestWrapped(t *testing.T) {
+	words := strings.Fields(strings.Repeat("avx512_vp2intersect ", 20))
+	lines := wrapped(words)
+	if got := strings.Fields(strings.Join(lines, " ")); len(got) != len(words) || len(lines) != 5 {
+		t.Errorf("%d words in %d lines: %q", len(got), len(lines), lines)
+	}
+	for _, line := range lines {
+		if len(line) > 90 {
+			t.Errorf("a line of %d", len(line))
+		}
+	}
+	if got := wrapped(nil); len(got) != 1 || got[0] != "" {
+		t.Errorf("of nothing: %q", got)
+	}
+}
+
 func TestScheduleSet(t *testing.T) {
 	w := newWorld(t)
 	file := filepath.Join(t.TempDir(), "policy.json")

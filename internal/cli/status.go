@@ -32,8 +32,11 @@ func (a *app) statusCommand() *cobra.Command {
 
 func statusTable(w io.Writer, st client.Status) {
 	ready := "starting"
-	if st.Ready {
+	switch {
+	case st.Ready:
 		ready = "ready"
+	case len(st.Nodes) > 0 && st.Nodes["ready"] == 0:
+		ready = "no node is ready"
 	}
 	if st.Member != nil {
 		memberTable(w, st.Member)

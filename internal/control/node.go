@@ -15,7 +15,11 @@ import (
 func (c *Control) ListNodes(context.Context) ([]Node, error) {
 	all := c.fleet.list(time.Now())
 	for i := range all {
-		all[i].Drain = c.drains.progress(all[i].ID, all[i].Settings.Drain)
+		n := &all[i]
+		n.Drain = c.drains.progress(n.ID, n.Settings.Drain)
+		if d := n.Drain; d != nil && d.DoneAt.IsZero() && d.Moved+d.Ended+d.Left == 0 { // it has only just begun
+			d.Left = len(c.index.at(n.ID, func(e *entry) bool { return !e.box.State.Ended() }))
+		}
 	}
 	return all, nil
 }
@@ -151,7 +155,10 @@ func (h *NodeChange) cordon(s *sandbox.NodeSettings, now time.Time) {
 	switch {
 	case h.Cordoned == nil:
 	case !*h.Cordoned:
-		s.Cordoned, s.Reason, s.CordonedAt, s.Drain = false, "", time.Time{}, nil
+		if s.Cordoned {
+			s.CordonedAt = now
+		}
+		s.Cordoned, s.Reason, s.Drain = false, "", nil
 	case s.Cordoned:
 		if h.Reason != "" {
 			s.Reason = h.Reason

@@ -42,7 +42,7 @@ func (c *Control) removeUnseen(ctx context.Context, idOrName string, unknown err
 func (c *Control) takeOut(ctx context.Context, n Node, force, away bool) error {
 	here := c.index.at(n.ID, func(e *entry) bool { return !e.box.State.Ended() })
 	if len(here) > 0 && !away && !force {
-		return sandbox.Conflictf("node %s has %d sandboxes: `cloister node drain %s` moves them, force ends them", n.Name, len(here), n.Name)
+		return sandbox.Conflictf("node %s has %d sandboxes: `cloister node drain %s` moves them, --force ends them", n.Name, len(here), n.Name)
 	}
 	if err := c.recoverAll(ctx, n.ID); err != nil {
 		if !force {
@@ -78,7 +78,7 @@ func (c *Control) leaveNode(ctx context.Context, id sandbox.NodeID, force bool) 
 			return lostThere(e) || !e.box.State.Ended() && !kept
 		})
 		if len(only) > 0 {
-			return sandbox.Conflictf("node %s has %d sandboxes that no other node has: `cloister node drain %s`, while it runs, moves them, force ends them",
+			return sandbox.Conflictf("node %s has %d sandboxes that no other node has: `cloister node drain %s`, while it runs, moves them, --force ends them",
 				n.Name, len(only), n.Name)
 		}
 	}

@@ -90,11 +90,24 @@ func TestCordon(t *testing.T) {
 	if n, err := c.Control.GetNode(t.Context(), "aaaaaa"); err != nil || n.State != sandbox.NodeCordoned {
 		t.Errorf("after a restart: %s, %v", n.State, err)
 	}
-	mustUpdate(t, c, control.NodeChange{Cordoned: &no})
+	began := time.Now()
+	if n := mustUpdate(t, c, control.NodeChange{Cordoned: &no}); n.State != sandbox.NodeReady || n.StateAt.Before(began) {
+		t.Errorf("uncordoned at %s: %s since %s", began, n.State, n.StateAt)
+	}
 	mustCreate(t, c, minute())
 	want := []string{"node_registered", "node_cordoned", "node_registered", "node_uncordoned"}
 	if diff := cmp.Diff(want, eventTypes(t, c)); diff != "" {
 		t.Error(diff)
+	}
+}
+
+// TestDrainHasJustBegun counts what there is to move before anything was tried.
+func TestDrainHasJustBegun(t *testing.T) {
+	c := apitest.NewCluster(t, nil) // its control does not run
+	mustCreate(t, c, minute())
+	n, err := c.Control.DrainNode(t.Context(), "aaaaaa", control.DrainRequest{})
+	if err != nil || n.Drain == nil || n.Drain.Left != 1 {
+		t.Errorf("%+v, %v", n.Drain, err)
 	}
 }
 

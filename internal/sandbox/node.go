@@ -65,7 +65,7 @@ type NodeSettings struct {
 	Labels   map[string]string `json:"labels,omitempty"`
 	Taints   []Taint           `json:"taints,omitempty"`
 	Cordoned bool              `json:"cordoned,omitempty"`
-	// Reason says why it is cordoned, CordonedAt since when.
+	// Reason says why it is cordoned, CordonedAt since when it is or, uncordoned, is no more.
 	Reason     string    `json:"reason,omitempty"`
 	CordonedAt time.Time `json:"cordoned_at,omitzero"`
 	// Drain is set once the node was told to give its sandboxes to others, until it is uncordoned. It is replaced, never
