@@ -123,8 +123,9 @@ func (c *Control) chooseFor(box sandbox.Sandbox, source sandbox.Node) ([]sandbox
 	ask := scheduler.Request{Resources: box.Resources, Image: box.ImageDigest, Fetch: true, Key: string(box.TemplateID), MadeOn: source.Origin()}
 	if box.State == sandbox.StatePaused {
 		ask.Resources = sandbox.Resources{DiskBytes: box.Resources.DiskBytes}
-		if box.PausedKind == sandbox.CheckpointFiles { // it boots anew
-			ask.MadeOn = &sandbox.Origin{Architecture: source.Architecture}
+		ask.MadeOn = madeOn(&box, ask.MadeOn)
+		if r, ok := c.noted.replica(box.ID); ok && r.Generation == box.Generation && r.MadeOn != nil {
+			ask.MadeOn = r.MadeOn // its node may be another by now
 		}
 	}
 	if err := wishes(&ask, box.Metadata); err != nil {

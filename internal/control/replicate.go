@@ -170,12 +170,16 @@ func (p *copyPlan) recoveries() {
 
 // newHome returns the node that is to bring a sandbox back: one that has it or, from the bucket, any.
 func (p *copyPlan) newHome(r sandbox.Replica) *nodeView {
+	made := r.MadeOn
+	if made == nil {
+		made = p.machineOf(r.Home)
+	}
 	to := p.best(func(n *nodeView) bool {
-		return slices.Contains(r.Holders, n.id) && n.holds(r.Checkpoint) && !p.skip((&job{kind: jobRecover, node: n.id, replica: r}).key())
+		return slices.Contains(r.Holders, n.id) && n.holds(r.Checkpoint) && n.machine.Takes(made) && !p.skip((&job{kind: jobRecover, node: n.id, replica: r}).key())
 	})
 	if to == nil && r.Bucket {
 		to = p.best(func(n *nodeView) bool {
-			return n.open && (n.id != r.Home || p.bereft(r.ID)) && n.machine.Takes(p.machineOf(r.Home))
+			return n.open && (n.id != r.Home || p.bereft(r.ID)) && n.machine.Takes(made)
 		})
 	}
 	return to
@@ -220,10 +224,22 @@ func (p *copyPlan) nextHolder(box *sandbox.Sandbox, home *nodeView, r sandbox.Re
 	if count >= p.limits.SnapshotReplicas {
 		return nil
 	}
+	made := r.MadeOn // also where the home is another by now
+	if made == nil {
+		made = madeOn(box, home.machine)
+	}
 	return p.best(func(n *nodeView) bool {
-		return n.open && n.id != box.NodeID && n.machine.Takes(home.machine) && (!slices.Contains(r.Holders, n.id) || !n.holds(box.Checkpoint)) &&
+		return n.open && n.id != box.NodeID && n.machine.Takes(made) && (!slices.Contains(r.Holders, n.id) || !n.holds(box.Checkpoint)) &&
 			!p.skip((&job{kind: jobGuard, node: n.id, box: *box, replica: r}).key())
 	})
+}
+
+// madeOn returns what going on depends on of a sandbox that is paused on a machine. One that boots anew does not mind the engine.
+func madeOn(box *sandbox.Sandbox, on *sandbox.Origin) *sandbox.Origin {
+	if on == nil || box.PausedKind != sandbox.CheckpointFiles {
+		return on
+	}
+	return &sandbox.Origin{Architecture: on.Architecture}
 }
 
 // spreads has nodes get templates and snapshots before they are asked for there.

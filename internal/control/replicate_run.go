@@ -292,6 +292,10 @@ func (c *Control) copyPaused(ctx context.Context, j job) error {
 	r := sandbox.Replica{
 		ID: j.box.ID, Home: j.box.NodeID, Generation: j.box.Generation, Checkpoint: j.box.Checkpoint, ImageDigest: j.box.ImageDigest,
 		TemplateID: j.box.TemplateID, Holders: slices.Clone(j.replica.Holders), Bucket: j.replica.Bucket, At: time.Now().UTC(),
+		MadeOn: j.replica.MadeOn,
+	}
+	if r.MadeOn == nil { // what the node is later, it may have become since
+		r.MadeOn = madeOn(&j.box, c.fleet.machine(r.Home))
 	}
 	if j.node == "" {
 		agent, err := c.agent(r.Home)

@@ -60,6 +60,20 @@ func TestPlanCopies(t *testing.T) {
 		{"it runs", func(v *copyView) { kept(v); v.paused = nil }, []string{"unrecord//s"}},
 		{"its home is silent", func(v *copyView) { kept(v); v.nodes[0].ready = false }, nil},
 		{"its home is given up", func(v *copyView) { kept(v); v.nodes[0].ready, v.nodes[0].givenUp = false, true }, []string{"recover/c/s"}},
+		{"its holder is of another kind by now", func(v *copyView) {
+			r := kept(v)
+			r.MadeOn = machine("amd64", "v1")
+			v.records["s"] = r
+			v.nodes[0].ready, v.nodes[0].givenUp = false, true
+			v.nodes[0].machine, v.nodes[2].machine = machine("amd64", "v2"), machine("amd64", "v2")
+		}, nil},
+		{"its home is of another kind by now", func(v *copyView) {
+			r := kept(v)
+			r.MadeOn, r.Bucket, r.Holders = machine("amd64", "v1"), true, nil
+			v.records["s"] = r
+			v.nodes[0].ready, v.nodes[0].givenUp, v.nodes[0].machine = false, true, machine("amd64", "v2")
+			v.nodes[1].machine, v.nodes[2].machine = machine("amd64", "v1"), machine("amd64", "v2")
+		}, []string{"recover/b/s"}},
 		{"its home was removed", func(v *copyView) { kept(v); v.nodes = v.nodes[1:] }, []string{"recover/c/s"}},
 		{"nobody has it", func(v *copyView) { kept(v); v.nodes = v.nodes[1:]; v.nodes[1].ready = false }, nil},
 		{"the bucket has it", func(v *copyView) {

@@ -55,6 +55,8 @@ type Replica struct {
 	// Holders have a copy of the checkpoint, Home left out.
 	Holders []NodeID `json:"holders,omitempty"`
 	Bucket  bool     `json:"bucket,omitempty"`
+	// MadeOn is what going on from the checkpoint depends on; nil where that is not known.
+	MadeOn *Origin `json:"made_on,omitempty"`
 	// Returning means that Home was chosen to have it and may not have taken it yet.
 	Returning bool      `json:"returning,omitempty"`
 	At        time.Time `json:"at"`
