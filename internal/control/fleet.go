@@ -52,8 +52,10 @@ type member struct {
 	told bool
 	// known means that a full report came since this server started, missed that it should have registered since.
 	known, missed bool
-	lastSeen      time.Time
-	load          Load
+	// restoredAt is when it was taken from the store.
+	restoredAt time.Time
+	lastSeen   time.Time
+	load       Load
 	// dispatched is what has been sent to the node and is in no load that it reported.
 	dispatched sandbox.Resources
 	inFlight   int
@@ -123,7 +125,7 @@ func newFleet(policy scheduler.Policy, random scheduler.Source, limits Limits) *
 func (f *fleet) restore(n sandbox.Node, settings sandbox.NodeSettings, now time.Time) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	m := &member{record: n, machine: n.Origin(), state: sandbox.NodeDown, stateAt: now, settings: settings, load: Load{Capacity: n.Capacity}}
+	m := &member{record: n, machine: n.Origin(), state: sandbox.NodeDown, stateAt: now, restoredAt: now, settings: settings, load: Load{Capacity: n.Capacity}}
 	m.label()
 	f.members[n.ID] = m
 	f.refresh(n.ID, nil)
@@ -220,6 +222,17 @@ func (f *fleet) acknowledge(id sandbox.NodeID, sequence int64) int64 {
 	}
 	m.acked = max(m.acked, sequence)
 	return m.acked
+}
+
+// recordOf returns what a node registered as.
+func (f *fleet) recordOf(id sandbox.NodeID) *sandbox.Node {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if m := f.members[id]; m != nil {
+		n := m.record
+		return &n
+	}
+	return &sandbox.Node{ID: id}
 }
 
 func (f *fleet) epochOf(id sandbox.NodeID) int64 {

@@ -131,10 +131,13 @@ func (f *fleet) machine(id sandbox.NodeID) *sandbox.Origin {
 	return nil
 }
 
-// isDown reports whether a node is known and does not answer.
+// isDown reports whether a node is known and does not answer: also one whose lease says that it lives, but that has not
+// registered with this server yet.
 func (f *fleet) isDown(id sandbox.NodeID) bool {
-	n, ok := f.record(id)
-	return ok && n.State == sandbox.NodeDown
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	m := f.members[id]
+	return m != nil && (m.state == sandbox.NodeDown || m.epoch == 0)
 }
 
 // isReady reports whether a node answers.
@@ -146,7 +149,7 @@ func (f *fleet) isReady(id sandbox.NodeID) bool {
 // givenUp reports whether a node has been silent for so long that its paused sandboxes are brought back elsewhere. A
 // server that has just started does not know for how long. It requires mu.
 func (f *fleet) givenUp(m *member, now time.Time) bool {
-	return m.state == sandbox.NodeDown && (m.epoch != 0 || now.Sub(m.stateAt) >= 2*f.limits.DownAfter)
+	return m.state == sandbox.NodeDown && (m.epoch != 0 || now.Sub(m.restoredAt) >= 2*f.limits.DownAfter)
 }
 
 // openNodes lists the nodes that are ready and get new sandboxes.

@@ -202,9 +202,7 @@ func (c *Control) removeMember(ctx context.Context, m sandbox.Member) error {
 	if err != nil {
 		return fmt.Errorf("remove %s: %w", m, err)
 	}
-	if m.Role == sandbox.RoleProxy {
-		c.dismiss(ctx, m.ID)
-	}
+	c.dismiss(ctx, m)
 	c.log.LogAttrs(ctx, slog.LevelInfo, "member left", slog.String("member", m.String()), slog.String("name", gone.Name))
 	c.note(ctx, memberEvent("member_left", gone, fmt.Sprintf("%s %s left", gone.Role, gone.Name), nil))
 	return nil

@@ -51,9 +51,8 @@ func (f *fleet) sweep(now time.Time, stalled time.Duration) []turn {
 	defer f.mu.Unlock()
 	for id, m := range f.members {
 		if m.epoch == 0 { // restored from the store and not heard of yet: down, but traffic to it may go on for a while
-			if !m.missed && now.Sub(m.stateAt) >= f.limits.DownAfter {
-				m.missed = true
-				f.refresh(id, nil)
+			if !m.missed && now.Sub(m.restoredAt) >= f.limits.DownAfter {
+				f.miss(m, now)
 			}
 			continue
 		}
@@ -67,6 +66,29 @@ func (f *fleet) sweep(now time.Time, stalled time.Duration) []turn {
 	out := f.turns
 	f.turns = nil
 	return out
+}
+
+// leased notes that a node's lease is there, or has ended. For one that has not registered with this server yet, that is all
+// that is known of it; of the others their reports say more.
+func (f *fleet) leased(id sandbox.NodeID, there bool, now time.Time) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	m := f.members[id]
+	switch {
+	case m == nil || m.epoch != 0 || m.missed:
+	case there:
+		f.turn(m, sandbox.NodeSuspect, now)
+		f.refresh(id, nil)
+	default:
+		f.miss(m, now)
+	}
+}
+
+// miss gives up waiting for a node that has not registered since this server started. It requires mu.
+func (f *fleet) miss(m *member, now time.Time) {
+	m.missed = true
+	f.turn(m, sandbox.NodeDown, now)
+	f.refresh(m.record.ID, nil)
 }
 
 // stateAfter returns the state of a node that has been silent for so long.

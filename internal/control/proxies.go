@@ -3,38 +3,19 @@ package control
 import (
 	"cmp"
 	"context"
-	"errors"
 	"fmt"
-	"log/slog"
 	"maps"
 	"slices"
-	"strings"
-	"sync"
 	"time"
-
-	"golang.org/x/sync/errgroup"
 
 	proxyv1 "github.com/cloister-dev/cloister/internal/gen/proxy/v1"
 	"github.com/cloister-dev/cloister/internal/sandbox"
 	"github.com/cloister-dev/cloister/internal/store"
 )
 
-const (
-	// presenceLife is how long a proxy that has fallen silent is there still: nothing counts as idle meanwhile, since the
-	// proxy may go on carrying traffic.
-	presenceLife = 30 * time.Second
-	// silenceEvery is how often it is looked who has fallen silent.
-	silenceEvery = time.Second
-	// maxArrivals bounds the reports that wait to be looked at; whoever comes then waits.
-	maxArrivals = 256
-)
-
-// presences keeps which proxies there are. Attend keeps a record until ctx ends, and for at most ttl longer.
-type presences interface {
-	Attend(ctx context.Context, p store.Presence, ttl time.Duration) error
-	RemovePresence(ctx context.Context, m sandbox.Member) error
-	WatchPresences(ctx context.Context, w store.Watcher[store.Presence]) error
-}
+// presenceLife is how long a proxy that has fallen silent is there still: nothing counts as idle meanwhile, since the
+// proxy may go on carrying traffic.
+const presenceLife = 30 * time.Second
 
 // The states of proxies.
 const (
@@ -66,217 +47,6 @@ type Proxy struct {
 	Behind int64
 }
 
-// attendance is who is there by the store's records.
-type attendance struct {
-	mu sync.Mutex
-	// there is by id.
-	there map[string]store.Presence
-	// arrivals hands reports to Run, which keeps the records of those who report here.
-	arrivals chan arrival
-}
-
-// arrival is one proxy's report.
-type arrival struct {
-	presence store.Presence
-	leaving  bool
-	// taken is closed when the record of one that leaves is gone.
-	taken chan struct{}
-}
-
-func newAttendance() *attendance {
-	return &attendance{there: make(map[string]store.Presence), arrivals: make(chan arrival, maxArrivals)}
-}
-
-// runPresences keeps the records of the proxies that report to this server, and follows those of all, until ctx ends.
-func (c *Control) runPresences(ctx context.Context) {
-	if c.presences == nil {
-		return
-	}
-	var g errgroup.Group
-	g.Go(func() error { return c.presences.WatchPresences(ctx, c.presenceWatcher()) })
-	g.Go(func() error {
-		(&keeper{control: c, stays: make(map[string]*stay), removed: make(map[string]<-chan struct{})}).run(ctx)
-		return nil
-	})
-	if err := g.Wait(); err != nil && ctx.Err() == nil {
-		c.log.LogAttrs(ctx, slog.LevelError, "proxies are not followed: nothing counts as idle any more", errAttr(err))
-	}
-}
-
-// presenceWatcher expects reports of every proxy that has a record, and of no other.
-func (c *Control) presenceWatcher() store.Watcher[store.Presence] {
-	put := func(r store.Record[store.Presence]) {
-		if r.Value.Role != sandbox.RoleProxy {
-			return
-		}
-		c.attendance.mu.Lock()
-		c.attendance.there[r.Value.ID] = r.Value
-		c.attendance.mu.Unlock()
-		c.activity.expect(r.Value.ID)
-	}
-	gone := func(id string) {
-		c.attendance.mu.Lock()
-		delete(c.attendance.there, id)
-		c.attendance.mu.Unlock()
-		c.activity.gone(id)
-	}
-	return store.Watcher[store.Presence]{
-		Reset: func(records []store.Record[store.Presence], _ int64) {
-			named := make(map[string]bool, len(records))
-			for _, r := range records {
-				named[r.Value.ID] = true
-				put(r)
-			}
-			for id := range c.attendance.all() {
-				if !named[id] {
-					gone(id)
-				}
-			}
-			c.activity.loaded()
-		},
-		Put: put,
-		Delete: func(name string, _ int64) {
-			if id, ok := strings.CutPrefix(name, string(sandbox.RoleProxy)+"/"); ok {
-				gone(id)
-			}
-		},
-	}
-}
-
-// all returns who is there, by id.
-func (a *attendance) all() map[string]store.Presence {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	return maps.Clone(a.there)
-}
-
-// arrive takes a proxy's report. It returns at once, or, of one that leaves, when its record is gone.
-func (a *attendance) arrive(ctx context.Context, v arrival) error {
-	select {
-	case a.arrivals <- v:
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-	if !v.leaving {
-		return nil
-	}
-	select {
-	case <-v.taken:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-}
-
-// keeper keeps the records of the proxies that report to this server. One goroutine has it.
-type keeper struct {
-	control *Control
-	stays   map[string]*stay
-	// removed is closed once the record of a proxy that left is gone: one that is back waits for that.
-	removed map[string]<-chan struct{}
-	keeping sync.WaitGroup
-}
-
-// stay is the keeping of one proxy's record.
-type stay struct {
-	presence store.Presence
-	heard    time.Time
-	end      context.CancelFunc
-	ended    chan struct{}
-}
-
-// run keeps records until ctx ends; they stay for whoever takes over.
-func (k *keeper) run(ctx context.Context) {
-	defer k.keeping.Wait()
-	tick := time.NewTicker(silenceEvery)
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case now := <-tick.C:
-			maps.DeleteFunc(k.stays, func(_ string, s *stay) bool { return s.silent(now) })
-		case v := <-k.control.attendance.arrivals:
-			k.take(ctx, v)
-		}
-	}
-}
-
-// silent ends the keeping of a record whose proxy has not reported in time.
-func (s *stay) silent(now time.Time) bool {
-	if now.Sub(s.heard) <= reportWithin {
-		return false
-	}
-	s.end()
-	return true
-}
-
-// take takes one report.
-func (k *keeper) take(ctx context.Context, v arrival) {
-	id := v.presence.ID
-	s := k.stays[id]
-	switch {
-	case v.leaving:
-		delete(k.stays, id)
-		k.removed[id] = v.taken
-		k.keeping.Go(func() { k.remove(ctx, s, v) })
-		return
-	case s != nil && s.presence != v.presence: // it has started anew
-		s.end()
-		s = nil
-	}
-	if s == nil {
-		s = k.keep(ctx, v.presence)
-		k.stays[id] = s
-	}
-	s.heard = time.Now()
-}
-
-// keep begins to keep a record.
-func (k *keeper) keep(ctx context.Context, p store.Presence) *stay {
-	ctx, cancel := context.WithCancel(ctx)
-	s := &stay{presence: p, end: cancel, ended: make(chan struct{})}
-	before := k.removed[p.ID]
-	delete(k.removed, p.ID)
-	k.keeping.Go(func() {
-		defer close(s.ended)
-		defer cancel()
-		if before != nil {
-			<-before
-		}
-		p.Name = k.control.memberName(ctx, sandbox.Member{Role: p.Role, ID: p.ID})
-		if err := k.control.presences.Attend(ctx, p, presenceLife); err != nil && ctx.Err() == nil {
-			k.control.log.LogAttrs(ctx, slog.LevelError, "the record of a proxy is not kept", slog.String("proxy", p.ID), errAttr(err))
-		}
-	})
-	return s
-}
-
-// remove takes the record of a proxy away that leaves, once nobody keeps it.
-func (k *keeper) remove(ctx context.Context, s *stay, v arrival) {
-	defer close(v.taken)
-	if s != nil {
-		s.end()
-		<-s.ended
-	}
-	m := sandbox.Member{Role: v.presence.Role, ID: v.presence.ID}
-	if err := k.control.presences.RemovePresence(ctx, m); err != nil && ctx.Err() == nil {
-		k.control.log.LogAttrs(ctx, slog.LevelWarn, "the record of a proxy that leaves stays until its lease ends", slog.String("proxy", m.ID), errAttr(err))
-	}
-}
-
-// memberName is what a member was called when it joined; empty where that is not known.
-func (c *Control) memberName(ctx context.Context, m sandbox.Member) string {
-	if c.joining.members == nil {
-		return ""
-	}
-	known, err := c.joining.members.Member(ctx, m)
-	if err != nil && !errors.Is(err, sandbox.ErrNotFound) {
-		c.log.LogAttrs(ctx, slog.LevelWarn, "name of a member not read", slog.String("member", m.String()), errAttr(err))
-	}
-	return known.Name
-}
-
 // noteProxy takes what a proxy's report says of the proxy itself.
 func (c *Control) noteProxy(ctx context.Context, id string, req *proxyv1.ReportRequest) error {
 	w := req.GetProxy()
@@ -291,7 +61,7 @@ func (c *Control) noteProxy(ctx context.Context, id string, req *proxyv1.ReportR
 		presence: store.Presence{
 			Role: sandbox.RoleProxy, ID: id, Address: w.GetAddress(), Version: w.GetVersion(), Since: timeFromWire(w.GetStartedAt()).UTC(),
 		},
-		leaving: req.GetLeaving(), taken: make(chan struct{}),
+		within: reportWithin, ttl: presenceLife, leaving: req.GetLeaving(), taken: make(chan struct{}),
 	})
 	if err != nil {
 		return fmt.Errorf("note the report of proxy %s: %w", id, err)
@@ -338,18 +108,6 @@ func (c *Control) RemoveProxy(ctx context.Context, idOrName string) error {
 		}
 	}
 	return sandbox.NotFoundf("no proxy %.80q has joined: `cloister proxy ls` lists them", idOrName)
-}
-
-// dismiss takes the record of a proxy away that is no member any more.
-func (c *Control) dismiss(ctx context.Context, id string) {
-	c.activity.forget(id)
-	if c.presences == nil {
-		return
-	}
-	v := arrival{presence: store.Presence{Role: sandbox.RoleProxy, ID: id}, leaving: true, taken: make(chan struct{})}
-	if err := c.attendance.arrive(ctx, v); err != nil {
-		c.log.LogAttrs(ctx, slog.LevelWarn, "the record of a proxy that left stays until its lease ends", slog.String("proxy", id), errAttr(err))
-	}
 }
 
 // withUse adds what a proxy has said of itself.

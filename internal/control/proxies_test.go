@@ -3,9 +3,7 @@ package control_test
 import (
 	"context"
 	"errors"
-	"maps"
 	"net/http/httptest"
-	"slices"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -18,93 +16,7 @@ import (
 	"github.com/cloister-dev/cloister/internal/control"
 	proxyv1 "github.com/cloister-dev/cloister/internal/gen/proxy/v1"
 	"github.com/cloister-dev/cloister/internal/gen/proxy/v1/proxyv1connect"
-	"github.com/cloister-dev/cloister/internal/sandbox"
-	"github.com/cloister-dev/cloister/internal/store"
 )
-
-// fakePresences keeps which members are there, as the store does, in memory.
-type fakePresences struct {
-	mu      sync.Mutex
-	there   map[string]leased
-	watcher store.Watcher[store.Presence]
-}
-
-// leased is a record, and when its lease ends.
-type leased struct {
-	presence store.Presence
-	ends     *time.Timer
-}
-
-func newPresences() *fakePresences { return &fakePresences{there: make(map[string]leased)} }
-
-// Attend keeps a record until ctx ends, and for ttl longer.
-func (p *fakePresences) Attend(ctx context.Context, one store.Presence, ttl time.Duration) error {
-	name := sandbox.Member{Role: one.Role, ID: one.ID}.String()
-	p.put(name, leased{presence: one, ends: time.AfterFunc(ttl, func() { p.remove(name) })})
-	tick := time.NewTicker(ttl / 3)
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-tick.C:
-			p.mu.Lock()
-			if l, ok := p.there[name]; ok {
-				l.ends.Reset(ttl)
-			}
-			p.mu.Unlock()
-		}
-	}
-}
-
-func (p *fakePresences) put(name string, l leased) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if old, ok := p.there[name]; ok {
-		old.ends.Stop()
-	}
-	p.there[name] = l
-	if p.watcher.Put != nil {
-		p.watcher.Put(store.Record[store.Presence]{Name: name, Value: l.presence})
-	}
-}
-
-// RemovePresence takes a record away.
-func (p *fakePresences) RemovePresence(_ context.Context, m sandbox.Member) error {
-	p.remove(m.String())
-	return nil
-}
-
-func (p *fakePresences) remove(name string) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	l, ok := p.there[name]
-	if !ok {
-		return
-	}
-	l.ends.Stop()
-	delete(p.there, name)
-	if p.watcher.Delete != nil {
-		p.watcher.Delete(name, 0)
-	}
-}
-
-// WatchPresences feeds one watcher until ctx ends.
-func (p *fakePresences) WatchPresences(ctx context.Context, w store.Watcher[store.Presence]) error {
-	p.mu.Lock()
-	var all []store.Record[store.Presence]
-	for _, name := range slices.Sorted(maps.Keys(p.there)) {
-		all = append(all, store.Record[store.Presence]{Name: name, Value: p.there[name].presence})
-	}
-	w.Reset(all, 0)
-	p.watcher = w
-	p.mu.Unlock()
-	<-ctx.Done()
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.watcher = store.Watcher[store.Presence]{}
-	return ctx.Err()
-}
 
 // serving runs a control until the returned function is called.
 func serving(t *testing.T, c *control.Control) (stop func()) {

@@ -82,6 +82,7 @@ func (c *Control) Report(ctx context.Context, req *nodev1.ReportRequest) (*nodev
 	}
 	node = sandbox.NodeID(shared(string(node)))
 	c.followClock(ctx, node, timeFromWire(req.GetTime()), now)
+	c.beat(c.fleet.recordOf(node), req.GetEpoch())
 	var last int64
 	var over []ending
 	events := make([]Event, 0, len(req.GetChanges()))

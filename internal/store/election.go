@@ -30,8 +30,8 @@ func (s *Store) Campaign(ctx context.Context, office, candidate string, ttl time
 	if err := checkName("office", office); err != nil {
 		return nil, err
 	}
-	if ttl < leastTTL {
-		return nil, sandbox.Invalidf("office %s: a lease of %s: want %s or more", office, ttl, leastTTL)
+	if ttl < LeastTTL {
+		return nil, sandbox.Invalidf("office %s: a lease of %s: want %s or more", office, ttl, LeastTTL)
 	}
 	session, err := concurrency.NewSession(s.client, concurrency.WithTTL(int(seconds(ttl))))
 	if err != nil {

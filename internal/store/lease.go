@@ -22,10 +22,12 @@ type Presence struct {
 	Address string    `json:"address,omitempty"`
 	Version string    `json:"version"`
 	Since   time.Time `json:"since"`
+	// Epoch is that of a node's registration; 0 for others.
+	Epoch int64 `json:"epoch,omitempty"`
 }
 
-// leastTTL is the shortest life of a lease: etcd counts in seconds.
-const leastTTL = time.Second
+// LeastTTL is the shortest life of a lease: etcd counts in seconds.
+const LeastTTL = time.Second
 
 func (s *Store) presences() collection[Presence] {
 	return newCollection[Presence](s.client, "presences", "presence")
@@ -40,8 +42,8 @@ func (s *Store) Attend(ctx context.Context, p Presence, ttl time.Duration) error
 	if err := sandbox.CheckMember(m); err != nil {
 		return err
 	}
-	if ttl < leastTTL {
-		return sandbox.Invalidf("presence of %s for %s: want %s or more", m, ttl, leastTTL)
+	if ttl < LeastTTL {
+		return sandbox.Invalidf("presence of %s for %s: want %s or more", m, ttl, LeastTTL)
 	}
 	t := tenant[Presence]{all: s.presences(), name: m.String(), value: p, ttl: ttl, log: s.log}
 	return t.run(ctx)

@@ -68,7 +68,7 @@ func TestAttend(t *testing.T) {
 // Whoever stops attending leaves a record that ends by itself.
 func TestPresenceEndsAfterwards(t *testing.T) {
 	s := fresh(t)
-	leave := attend(t, s, Presence{Role: sandbox.RoleProxy, ID: "aaaaaa"}, leastTTL)
+	leave := attend(t, s, Presence{Role: sandbox.RoleProxy, ID: "aaaaaa"}, LeastTTL)
 	eventually(t, "the presence is there", func() bool { return len(there(t, s)) == 1 })
 	leave()
 	eventually(t, "the record is gone", func() bool { return len(there(t, s)) == 0 })
@@ -77,7 +77,7 @@ func TestPresenceEndsAfterwards(t *testing.T) {
 // The lease ends although its owner lives, as after a long stop of the machine: the record comes back.
 func TestAttendAgain(t *testing.T) {
 	s := fresh(t)
-	attend(t, s, Presence{Role: sandbox.RoleProxy, ID: "aaaaaa"}, leastTTL)
+	attend(t, s, Presence{Role: sandbox.RoleProxy, ID: "aaaaaa"}, LeastTTL)
 	eventually(t, "the presence is there", func() bool { return len(there(t, s)) == 1 })
 	first := leaseOf(t, s)
 	if _, err := s.client.Revoke(t.Context(), first); err != nil {
@@ -116,7 +116,7 @@ func TestAttendTakesOver(t *testing.T) {
 // A process that died takes its record along after the lease's time.
 func TestPresenceExpires(t *testing.T) {
 	s := fresh(t)
-	one := tenant[Presence]{all: s.presences(), name: "proxy/aaaaaa", ttl: leastTTL, log: s.log}
+	one := tenant[Presence]{all: s.presences(), name: "proxy/aaaaaa", ttl: LeastTTL, log: s.log}
 	if _, err := one.take(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -236,7 +236,7 @@ func TestTermGuardsWrites(t *testing.T) {
 // The lease of a leader ends: it learns of that, and the next one leads.
 func TestTermEndsWithItsLease(t *testing.T) {
 	s := fresh(t)
-	first := campaign(t, s, "one", leastTTL)
+	first := campaign(t, s, "one", LeastTTL)
 	ctx, cancel := first.Context(t.Context())
 	defer cancel()
 	if _, err := s.client.Revoke(t.Context(), first.session.Lease()); err != nil {
