@@ -67,7 +67,7 @@ func TestKilledInBetween(t *testing.T) {
 		run(t, d, s.id, "sleep 36000 </dev/null >/dev/null 2>&1 & echo $! > pid")
 		subjects = append(subjects, s)
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), longer(t, "CRASH", 45*time.Second))
+	ctx, cancel := context.WithTimeout(t.Context(), longer(t, "CRASH", 30*time.Second))
 	defer cancel()
 	var wg sync.WaitGroup
 	for i, s := range subjects {

@@ -28,7 +28,7 @@ type storm struct {
 // TestStorm kills the daemon at random moments under a load of creates, commands and kills. Afterwards every acknowledged
 // sandbox runs, and nothing else is left on the machine.
 func TestStorm(t *testing.T) {
-	length := time.Minute
+	length := 40 * time.Second
 	if text := os.Getenv("STORM"); text != "" { //nolint:forbidigo // how long to go on is the caller's wish
 		d, err := time.ParseDuration(text)
 		if err != nil {
