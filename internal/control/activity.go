@@ -145,8 +145,6 @@ func (a *activity) forget(proxy string) {
 
 // report takes a proxy's report, which was gathered from asOf on, and returns the number up to which its reports are known: another than the report's
 // where one before it is missing, so that the next must be full.
-//
-//nolint:revive // a report is made of these
 func (a *activity) report(proxy string, asOf time.Time, sequence int64, full bool, all []sandbox.Activity) int64 {
 	a.mu.Lock()
 	defer a.mu.Unlock()
