@@ -59,9 +59,3 @@ func (b *busy) wait(ctx context.Context, id sandbox.ID) error {
 		return sandbox.Unavailablef("sandbox %s is being moved: it took too long to wait for", id)
 	}
 }
-
-func (b *busy) has(id sandbox.ID) bool {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.ids[id] != nil
-}
