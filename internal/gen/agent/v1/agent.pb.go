@@ -504,8 +504,9 @@ type Parcel struct {
 	state       protoimpl.MessageState `protogen:"open.v1"`
 	Sandbox     *Sandbox               `protobuf:"bytes,1,opt,name=sandbox,proto3" json:"sandbox,omitempty"`
 	ImageDigest string                 `protobuf:"bytes,2,opt,name=image_digest,json=imageDigest,proto3" json:"image_digest,omitempty"`
-	Checkpoint  *Checkpoint            `protobuf:"bytes,3,opt,name=checkpoint,proto3" json:"checkpoint,omitempty"`
-	Guest       *GuestSettings         `protobuf:"bytes,4,opt,name=guest,proto3" json:"guest,omitempty"`
+	// Unset for one that runs: its guest comes from the node that it departs from.
+	Checkpoint *Checkpoint    `protobuf:"bytes,3,opt,name=checkpoint,proto3" json:"checkpoint,omitempty"`
+	Guest      *GuestSettings `protobuf:"bytes,4,opt,name=guest,proto3" json:"guest,omitempty"`
 	// As in the node's own record.
 	TokenOf        string `protobuf:"bytes,5,opt,name=token_of,json=tokenOf,proto3" json:"token_of,omitempty"`
 	IdempotencyKey string `protobuf:"bytes,6,opt,name=idempotency_key,json=idempotencyKey,proto3" json:"idempotency_key,omitempty"`

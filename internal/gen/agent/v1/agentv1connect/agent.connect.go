@@ -126,16 +126,16 @@ type AgentServiceClient interface {
 	Fetch(context.Context, *v1.FetchRequest) (*v1.FetchResponse, error)
 	// Store has the node write a checkpoint to the bucket, for the case that the node is lost.
 	Store(context.Context, *v1.StoreRequest) (*v1.StoreResponse, error)
-	// Depart saves a sandbox, running or paused, for a move; it is migrating until Return or Forget says what became of it.
-	// Until its deadline nobody but those two decides.
+	// Depart has a sandbox, running or paused, move; it is migrating until Return or Forget says what became of it. One that runs
+	// stands still from the moment that another node begins to get it. Until its deadline nobody but those two decides.
 	Depart(context.Context, *v1.DepartRequest) (*v1.DepartResponse, error)
-	// Receive admits a sandbox that departed elsewhere, or that is brought back from a replica, and gets what it was saved in.
-	// It is migrating here until Arrive or Forget.
+	// Receive admits a sandbox that departed elsewhere, or that is brought back from a replica, and gets its guest, which
+	// stands still, or what it was saved in. It is migrating here until Arrive or Forget.
 	Receive(context.Context, *v1.ReceiveRequest) (*v1.ReceiveResponse, error)
 	// Arrive makes a received sandbox count: it is this node's from then on, running or paused as it was, and where its time is
-	// up, at its end. After an error it is migrating as before.
+	// up, at its end. After an error it is migrating as before, or, if it was to run, not here any more.
 	Arrive(context.Context, *v1.ArriveRequest) (*v1.ArriveResponse, error)
-	// Return lets a departed sandbox go on where it was, running or paused as it was. One that cannot be restored is paused then.
+	// Return lets a departed sandbox go on where it was, running or paused as it was. One whose guest has ended is lost then.
 	Return(context.Context, *v1.ReturnRequest) (*v1.ReturnResponse, error)
 	// Forget drops a copy of a sandbox that is not the one that counts. An unknown one is no error; one of a higher
 	// generation is FAILED_PRECONDITION.
@@ -600,16 +600,16 @@ type AgentServiceHandler interface {
 	Fetch(context.Context, *v1.FetchRequest) (*v1.FetchResponse, error)
 	// Store has the node write a checkpoint to the bucket, for the case that the node is lost.
 	Store(context.Context, *v1.StoreRequest) (*v1.StoreResponse, error)
-	// Depart saves a sandbox, running or paused, for a move; it is migrating until Return or Forget says what became of it.
-	// Until its deadline nobody but those two decides.
+	// Depart has a sandbox, running or paused, move; it is migrating until Return or Forget says what became of it. One that runs
+	// stands still from the moment that another node begins to get it. Until its deadline nobody but those two decides.
 	Depart(context.Context, *v1.DepartRequest) (*v1.DepartResponse, error)
-	// Receive admits a sandbox that departed elsewhere, or that is brought back from a replica, and gets what it was saved in.
-	// It is migrating here until Arrive or Forget.
+	// Receive admits a sandbox that departed elsewhere, or that is brought back from a replica, and gets its guest, which
+	// stands still, or what it was saved in. It is migrating here until Arrive or Forget.
 	Receive(context.Context, *v1.ReceiveRequest) (*v1.ReceiveResponse, error)
 	// Arrive makes a received sandbox count: it is this node's from then on, running or paused as it was, and where its time is
-	// up, at its end. After an error it is migrating as before.
+	// up, at its end. After an error it is migrating as before, or, if it was to run, not here any more.
 	Arrive(context.Context, *v1.ArriveRequest) (*v1.ArriveResponse, error)
-	// Return lets a departed sandbox go on where it was, running or paused as it was. One that cannot be restored is paused then.
+	// Return lets a departed sandbox go on where it was, running or paused as it was. One whose guest has ended is lost then.
 	Return(context.Context, *v1.ReturnRequest) (*v1.ReturnResponse, error)
 	// Forget drops a copy of a sandbox that is not the one that counts. An unknown one is no error; one of a higher
 	// generation is FAILED_PRECONDITION.
