@@ -60,7 +60,7 @@ func (a *Agent) kill(ctx context.Context, in *instance, e journal.Ending, genera
 	defer a.release(in)
 	r := in.record()
 	if r.State.Ended() {
-		return sandbox.NotFoundf("sandbox %s is %s: %s", in.id, r.State, ending(&r))
+		return errors.Join(sandbox.NotFoundf("sandbox %s is %s: %s", in.id, r.State, ending(&r)), a.clearAway(ctx, in, r, e))
 	}
 	if r.State == sandbox.StateMigrating {
 		return in.unfit(&r)
@@ -73,6 +73,22 @@ func (a *Agent) kill(ctx context.Context, in *instance, e journal.Ending, genera
 		return fmt.Errorf("end sandbox %s: %w: it will be tried again: %w", in.id, sandbox.ErrUnavailable, err)
 	}
 	return nil
+}
+
+// clearAway notes of a sandbox that has ended by itself that somebody has seen that: no server lists it again.
+//
+// Preconditions: the caller holds in.op.
+func (a *Agent) clearAway(ctx context.Context, in *instance, r journal.Record, e journal.Ending) error {
+	if r.State == sandbox.StateDeleted || !a.has(in) {
+		return nil
+	}
+	r.State, r.Reason = e.State, e.Reason
+	r.Generation++
+	err := a.put(ctx, in, r, journal.Change{Type: e.Type, Time: now(), Sandbox: r.Sandbox})
+	if isNotFound(err) { // forgotten just now
+		return nil
+	}
+	return err
 }
 
 // SetTimeout moves the end of a sandbox.

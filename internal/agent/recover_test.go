@@ -2,12 +2,14 @@ package agent
 
 import (
 	"context"
+	"errors"
 	"net/netip"
 	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"connectrpc.com/connect"
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/cloister-dev/cloister/internal/engine"
@@ -53,6 +55,13 @@ func TestRestart(t *testing.T) {
 		}
 		if got := m.server.types(dies); got != "created started lost" {
 			t.Errorf("reported: %q", got)
+		}
+		if err := n.kill(dies); !errors.Is(err, sandbox.ErrNotFound) && connect.CodeOf(err) != connect.CodeNotFound {
+			t.Errorf("killed afterwards: %v", err)
+		}
+		synctest.Wait()
+		if got := m.server.types(dies); got != "created started lost killed" {
+			t.Errorf("reported after a kill: %q", got)
 		}
 		n.verify()
 		if l := n.jour.Ledger(); l.Allocated.Sandboxes != l.Warm.Sandboxes {
