@@ -192,3 +192,26 @@ func TestAuthorityIsConstrained(t *testing.T) {
 		t.Error("a certificate for example.com is good")
 	}
 }
+
+// An authority whose clock is behind what it was when the authority was made, by less than what certificates allow for, still
+// gives certificates that are taken.
+func TestSignBeforeTheAuthority(t *testing.T) {
+	a := newAuthority(t)
+	made := *a.cert
+	made.NotBefore = time.Now().Add(-time.Hour)
+	der, err := x509.CreateCertificate(rand.Reader, &made, &made, a.cert.PublicKey, a.key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if a.cert, err = x509.ParseCertificate(der); err != nil {
+		t.Fatal(err)
+	}
+	a.trusted = encodeCert(der)
+	i, err := a.Issue(nodeMember, time.Hour, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !i.Joined() {
+		t.Error("it has no certificate")
+	}
+}
