@@ -135,7 +135,7 @@ func (c *Control) Join(ctx context.Context, req *clusterv1.JoinRequest) (*cluste
 }
 
 func (c *Control) join(ctx context.Context, req *clusterv1.JoinRequest) (*clusterv1.JoinResponse, error) {
-	ask, err := c.readJoin(ctx, req)
+	ask, err := c.readJoin(req)
 	if err != nil {
 		return nil, err
 	}
@@ -170,7 +170,7 @@ func (c *Control) join(ctx context.Context, req *clusterv1.JoinRequest) (*cluste
 const maxVersion = 64
 
 // readJoin checks what can be checked before the store is asked.
-func (c *Control) readJoin(ctx context.Context, req *clusterv1.JoinRequest) (store.Admission, error) {
+func (c *Control) readJoin(req *clusterv1.JoinRequest) (store.Admission, error) {
 	if err := c.joining.check(); err != nil {
 		return store.Admission{}, err
 	}

@@ -31,7 +31,7 @@ func streamFrom(t *testing.T, proxy *harness.Machine, id string) *stream {
 	if err != nil {
 		t.Fatal(err)
 	}
-	resp, err := h.Do(req)
+	resp, err := h.Do(req) //nolint:bodyclose // end closes it
 	if err != nil {
 		t.Fatal(err)
 	}
