@@ -25,7 +25,7 @@ func (a *Agent) saveCheckpoint(ctx context.Context, in *instance, id string, spe
 	if err != nil {
 		return snapshot.Manifest{}, err
 	}
-	spec.Dir, st.Volatile = st.Dir(), spec.Volatile
+	spec.Dir = st.Dir()
 	saved, err := a.engine.Save(ctx, in.id, spec)
 	if err != nil {
 		if cause := context.Cause(ctx); cause != nil {

@@ -58,7 +58,6 @@ type checkpointMover interface {
 	Hold(id string) (*snapshot.Held, error)
 	Import(id string) (*snapshot.Import, error)
 	Parcel(id string) ([]byte, error)
-	Flush(id string) error
 	Sweep(ctx context.Context) error
 }
 

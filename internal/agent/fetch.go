@@ -77,7 +77,7 @@ func (a *Agent) fetchSaved(ctx context.Context, req *agentv1.FetchRequest, from 
 			return nil, err
 		}
 	}
-	m, moved, err := a.fetchCheckpoint(ctx, req.GetCheckpointId(), from, keepingOf(req.GetReplica()))
+	m, moved, err := a.fetchCheckpoint(ctx, req.GetCheckpointId(), from, req.GetReplica())
 	if err != nil {
 		return nil, err
 	}
@@ -116,7 +116,7 @@ func (a *Agent) obtain(ctx context.Context, o *order) error {
 	}
 	if id := o.pool.checkpoint; id != "" {
 		if _, err := a.saves.Get(id); isNotFound(err) {
-			_, _, err = a.fetchCheckpoint(ctx, id, o.lacking, keepOwn)
+			_, _, err = a.fetchCheckpoint(ctx, id, o.lacking, false)
 			return err
 		}
 	}
@@ -227,35 +227,16 @@ func (a *Agent) getImage(ctx context.Context, digest string, from sources) (move
 	return moved, nil
 }
 
-// keeping is what a checkpoint is got for.
-type keeping int
-
-const (
-	// keepOwn is for what starts or goes on here.
-	keepOwn keeping = iota
-	// keepReplica is for the case that a node is lost.
-	keepReplica
-	// keepForMove is for a sandbox that runs, and is about to run here: it need not outlive the machine's power.
-	keepForMove
-)
-
-func keepingOf(replica bool) keeping {
-	if replica {
-		return keepReplica
-	}
-	return keepOwn
-}
-
 // fetchCheckpoint gets a checkpoint and its image, and returns how many bytes that moved: 0 where both were there. A replica
 // is kept for the case that the node is lost which its sandbox is paused on.
-func (a *Agent) fetchCheckpoint(ctx context.Context, id string, from sources, as keeping) (m snapshot.Manifest, moved int64, err error) {
+func (a *Agent) fetchCheckpoint(ctx context.Context, id string, from sources, replica bool) (m snapshot.Manifest, moved int64, err error) {
 	if err := snapshot.CheckID(id); err != nil {
 		return m, 0, err
 	}
 	m, err = a.saves.Get(id)
 	if isNotFound(err) {
 		moved, err = a.moves.once(ctx, a.crew, "checkpoint "+id, func(ctx context.Context) (int64, error) {
-			return a.getCheckpoint(ctx, id, from, as)
+			return a.getCheckpoint(ctx, id, from, replica)
 		})
 		if err == nil {
 			m, err = a.saves.Get(id)
@@ -273,7 +254,7 @@ func (a *Agent) fetchCheckpoint(ctx context.Context, id string, from sources, as
 }
 
 // getCheckpoint gets a checkpoint from the first who gives it. Its image comes before it counts.
-func (a *Agent) getCheckpoint(ctx context.Context, id string, from sources, as keeping) (moved int64, err error) {
+func (a *Agent) getCheckpoint(ctx context.Context, id string, from sources, replica bool) (moved int64, err error) {
 	began := time.Now()
 	if _, err := a.saves.Get(id); err == nil {
 		return 0, nil // it came meanwhile
@@ -283,11 +264,6 @@ func (a *Agent) getCheckpoint(ctx context.Context, id string, from sources, as k
 		return 0, err
 	}
 	defer im.Close()
-	if as == keepForMove {
-		if err := im.DoNotFlush(); err != nil {
-			return 0, err
-		}
-	}
 	moved, err = a.fromAny(ctx, "checkpoint "+id, from, func(ctx context.Context, o origin) (int64, error) {
 		return receiveFrom(ctx, o, im, id)
 	})
@@ -301,7 +277,7 @@ func (a *Agent) getCheckpoint(ctx context.Context, id string, from sources, as k
 	if err != nil {
 		return moved, err
 	}
-	m, err := im.Commit(func(m *snapshot.Manifest) { m.Replica = as == keepReplica })
+	m, err := im.Commit(func(m *snapshot.Manifest) { m.Replica = replica })
 	if err != nil {
 		return moved + n, err
 	}

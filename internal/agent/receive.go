@@ -45,7 +45,7 @@ func (a *Agent) receivedRecord(ctx context.Context, req *agentv1.ReceiveRequest)
 	id := req.GetCheckpointId()
 	p, err := a.keptParcel(id)
 	if isNotFound(err) {
-		if _, _, err := a.fetchCheckpoint(ctx, id, sources{peers: req.GetPeers(), bucket: req.GetBucket()}, keepReplica); err != nil {
+		if _, _, err := a.fetchCheckpoint(ctx, id, sources{peers: req.GetPeers(), bucket: req.GetBucket()}, true); err != nil {
 			return nil, err
 		}
 		p, err = a.keptParcel(id)
@@ -141,7 +141,7 @@ func (a *Agent) fetchFor(ctx context.Context, r *journal.Record, from sources) (
 	m, err := a.saves.Get(r.Checkpoint)
 	if isNotFound(err) {
 		var n int64
-		m, n, err = a.fetchCheckpoint(ctx, r.Checkpoint, from, keepOwn)
+		m, n, err = a.fetchCheckpoint(ctx, r.Checkpoint, from, false)
 		moved += n
 	}
 	switch {

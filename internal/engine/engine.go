@@ -41,7 +41,7 @@ type Engine interface {
 	Stats(ctx context.Context, id sandbox.ID) (Stats, error)
 
 	// Save writes the guest's state of one moment into spec.Dir. When it returns without error, everything is flushed to
-	// the disk unless spec.Volatile says otherwise, and the guest goes on, or with spec.Hold stands still until Thaw or Stop. After an error the guest goes
+	// the disk, and the guest goes on, or with spec.Hold stands still until Thaw or Stop. After an error the guest goes
 	// on as if nothing had been asked; what is in spec.Dir is then worthless. Should this process end in the middle, the
 	// guest is left running or standing still, never ended: Thaw or Stop decides.
 	// Errors: ErrNotFound, ErrUnsupported for a kind that the engine cannot save, ErrUnavailable for a full disk or a
@@ -63,8 +63,6 @@ type SaveSpec struct {
 	Kind   SaveKind
 	// Hold leaves the guest standing still after success, so that nothing that it does is later than what was saved.
 	Hold bool
-	// Volatile saves the time that flushing takes: a power failure soon after may damage what was saved.
-	Volatile bool
 }
 
 // SaveKind is what a Save keeps.

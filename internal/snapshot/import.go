@@ -27,8 +27,6 @@ const (
 	parcelFile    = "parcel"
 	// partialAge is for how long the parts of a checkpoint are kept that nobody goes on getting.
 	partialAge = time.Hour
-	// volatileMark is in a part that was not flushed.
-	volatileMark = "volatile"
 	// spareBytes is what an import leaves of the disk for everything else.
 	spareBytes = 64 << 20
 )
@@ -41,8 +39,6 @@ type Import struct {
 	head  *Head // nil until Begin, or an earlier import's
 	at    *part // the file that is next
 	done  bool
-	// volatile means that nothing is flushed, and that what there is does not outlive this import.
-	volatile bool
 
 	// Files that are whole are flushed in the background, each once.
 	flushing sync.WaitGroup
@@ -84,26 +80,8 @@ func (s *Store) Import(id string) (*Import, error) {
 
 func (im *Import) path() string { return filepath.Join(im.store.dir, partialPrefix+im.id) }
 
-// DoNotFlush has the import begin anew and flush nothing: the checkpoint is a volatile one, as Staging says, and a part of it is
-// of no use to a later import.
-func (im *Import) DoNotFlush() error {
-	if err := im.Reset(); err != nil {
-		return err
-	}
-	im.volatile = true
-	if err := os.WriteFile(filepath.Join(im.path(), volatileMark), nil, fileMode); err != nil {
-		return fmt.Errorf("get checkpoint %s: %w", im.id, explain(err))
-	}
-	return nil
-}
-
 // open makes the partial checkpoint, or reads what there is of it.
 func (im *Import) open() error {
-	if _, err := os.Lstat(filepath.Join(im.path(), volatileMark)); err == nil {
-		if err := os.RemoveAll(im.path()); err != nil {
-			return err
-		}
-	}
 	for _, dir := range []string{im.path(), filepath.Join(im.path(), stateDir), filepath.Join(im.path(), partDir)} {
 		if err := os.Mkdir(dir, dirMode); err != nil && !errors.Is(err, fs.ErrExist) {
 			return err
@@ -252,11 +230,7 @@ func (im *Import) flush(p *part) {
 	im.flushed[name] = true
 	im.mu.Unlock()
 	im.flushing.Go(func() {
-		var err error
-		if !im.volatile {
-			err = p.f.Sync()
-		}
-		err = errors.Join(err, p.f.Close())
+		err := errors.Join(p.f.Sync(), p.f.Close())
 		if err == nil {
 			err = os.Rename(filepath.Join(im.path(), partDir, name), filepath.Join(im.path(), stateDir, name))
 		}
@@ -278,7 +252,7 @@ func (im *Import) failed() error {
 // an error nothing of it is left.
 func (im *Import) Commit(change func(*Manifest)) (Manifest, error) {
 	im.flushing.Wait()
-	st := &Staging{store: im.store, id: im.id, prefix: partialPrefix, Volatile: im.volatile}
+	st := &Staging{store: im.store, id: im.id, prefix: partialPrefix}
 	err := im.failed()
 	if err == nil {
 		err = im.tidy()
@@ -304,18 +278,13 @@ func (im *Import) tidy() error {
 	if !maps.Equal(files, im.head.Manifest.Files) {
 		return sandbox.Conflictf("got the files %v: want %v", files, im.head.Manifest.Files)
 	}
-	err = errors.Join(os.RemoveAll(filepath.Join(im.path(), partDir)), os.Remove(filepath.Join(im.path(), headFile)),
-		os.RemoveAll(filepath.Join(im.path(), volatileMark)))
-	if err != nil {
+	if err := errors.Join(os.RemoveAll(filepath.Join(im.path(), partDir)), os.Remove(filepath.Join(im.path(), headFile))); err != nil {
 		return err
 	}
 	if len(im.head.Parcel) > 0 {
 		if err := writeFlushed(filepath.Join(im.path(), parcelFile), im.head.Parcel); err != nil {
 			return err
 		}
-	}
-	if im.volatile {
-		return nil
 	}
 	return syncDir(filepath.Join(im.path(), stateDir))
 }

@@ -42,8 +42,6 @@ type Manifest struct {
 	CreatedAt time.Time `json:"created_at"`
 	// Origin is the checkpoint whose files these are, where they are shared with it; Commit sets it.
 	Origin string `json:"origin,omitempty"`
-	// Boot is set where the files were not flushed: they count for as long as the machine is not booted anew. Commit sets it.
-	Boot string `json:"boot,omitempty"`
 	// Files has the size in bytes of each file of the engine; Commit sets it.
 	Files map[string]int64 `json:"files"`
 }

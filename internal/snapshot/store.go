@@ -37,8 +37,6 @@ const (
 type Store struct {
 	dir string
 	log *slog.Logger
-	// boot names the machine's present life.
-	boot string
 
 	mu      sync.Mutex
 	entries map[string]*entry
@@ -64,11 +62,7 @@ func New(dir string, log *slog.Logger) (*Store, error) {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	if err != nil {
-		return nil, fmt.Errorf("read the boot's id: %w", err)
-	}
-	return &Store{dir: dir, log: log, boot: strings.TrimSpace(string(boot)), entries: map[string]*entry{}, busy: map[string]bool{}}, nil
+	return &Store{dir: dir, log: log, entries: map[string]*entry{}, busy: map[string]bool{}}, nil
 }
 
 // Staging is a checkpoint that is being made.
@@ -79,8 +73,6 @@ type Staging struct {
 	origin string
 	bytes  int64
 	done   bool
-	// Volatile means that nothing is flushed: the checkpoint counts until the machine is booted anew, or Flush.
-	Volatile bool
 }
 
 // Begin starts a checkpoint. Errors: ErrInvalid for an impossible id, ErrConflict for one that is there.
@@ -138,7 +130,6 @@ func (st *Staging) LinkFrom(h *Held) error {
 	if err != nil {
 		return fmt.Errorf("copy checkpoint %s to %s: %w", h.Manifest.ID, st.id, explain(err))
 	}
-	st.Volatile = h.Manifest.Boot != ""
 	st.origin, st.bytes = cmp.Or(h.Manifest.Origin, h.Manifest.ID), h.Manifest.Bytes
 	return nil
 }
@@ -161,10 +152,7 @@ func (st *Staging) Discard() error {
 // The files in its directory must have been flushed. M's Bytes are kept where they are above zero, else counted. After an
 // error the staging is discarded.
 func (s *Store) Commit(st *Staging, m Manifest) (Manifest, error) {
-	m.ID, m.Format, m.Origin, m.Boot = st.id, manifestFormat, st.origin, ""
-	if st.Volatile {
-		m.Boot = s.boot
-	}
+	m.ID, m.Format, m.Origin = st.id, manifestFormat, st.origin
 	if st.bytes > 0 {
 		m.Bytes = st.bytes
 	}
@@ -180,61 +168,10 @@ func (s *Store) Commit(st *Staging, m Manifest) (Manifest, error) {
 	s.entries[m.ID] = &entry{manifest: m}
 	delete(s.busy, m.ID)
 	s.mu.Unlock()
-	if st.Volatile {
-		return m, nil
-	}
 	if err := syncDir(s.dir); err != nil {
 		return Manifest{}, errors.Join(fmt.Errorf("commit checkpoint %s: %w", m.ID, explain(err)), s.Remove(m.ID))
 	}
 	return m, nil
-}
-
-// Flush makes a volatile checkpoint one that stays there, whatever ends; any other is left as it is.
-func (s *Store) Flush(id string) error {
-	h, err := s.Hold(id)
-	if err != nil {
-		return err
-	}
-	defer h.Release()
-	if h.Manifest.Boot == "" {
-		return nil
-	}
-	m := h.Manifest
-	m.Boot = ""
-	if err := s.flush(h.Dir, &m); err != nil {
-		return fmt.Errorf("flush checkpoint %s: %w", id, explain(err))
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if e := s.entries[id]; e != nil {
-		e.manifest = m
-	}
-	return nil
-}
-
-// flush brings the files in dir to the disk, and then the manifest that says so.
-func (s *Store) flush(dir string, m *Manifest) error {
-	for name := range m.Files {
-		if err := syncDir(filepath.Join(dir, name)); err != nil { // a file is flushed as a directory is
-			return err
-		}
-	}
-	raw, err := json.Marshal(m)
-	if err != nil {
-		return fmt.Errorf("encode %s: %w", manifestFile, err)
-	}
-	parent := filepath.Dir(dir)
-	next := filepath.Join(parent, newPrefix+manifestFile)
-	if err := errors.Join(syncDir(dir), os.RemoveAll(next)); err != nil {
-		return err
-	}
-	if err := writeFlushed(next, raw); err != nil {
-		return err
-	}
-	if err := os.Rename(next, filepath.Join(parent, manifestFile)); err != nil {
-		return err
-	}
-	return errors.Join(syncDir(parent), syncDir(s.dir))
 }
 
 // complete writes the manifest and flushes what the engine did not.
@@ -257,11 +194,7 @@ func (st *Staging) complete(m *Manifest) error {
 	if err != nil {
 		return fmt.Errorf("encode %s: %w", manifestFile, err)
 	}
-	path := filepath.Join(st.path(), manifestFile)
-	if st.Volatile {
-		return os.WriteFile(path, raw, fileMode)
-	}
-	if err := writeFlushed(path, raw); err != nil {
+	if err := writeFlushed(filepath.Join(st.path(), manifestFile), raw); err != nil {
 		return err
 	}
 	return syncDir(st.path())
@@ -502,9 +435,6 @@ func (s *Store) read(name string) (Manifest, error) {
 	}
 	if m.ID != name {
 		return Manifest{}, sandbox.Invalidf("%s names checkpoint %s", manifestFile, m.ID)
-	}
-	if m.Boot != "" && m.Boot != s.boot {
-		return Manifest{}, sandbox.Invalidf("the machine was booted anew, and it was not flushed before")
 	}
 	for file, size := range m.Files {
 		st, err := os.Lstat(filepath.Join(path, stateDir, file))

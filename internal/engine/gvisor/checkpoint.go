@@ -92,7 +92,7 @@ func (m manifest) verify(dir string) error {
 }
 
 // writeManifest completes a checkpoint.
-func writeManifest(dir string, m manifest, flush bool) error {
+func writeManifest(dir string, m manifest) error {
 	raw, err := json.Marshal(m)
 	if err != nil {
 		return fmt.Errorf("encode %s: %w", manifestFile, err)
@@ -102,7 +102,7 @@ func writeManifest(dir string, m manifest, flush bool) error {
 		return err
 	}
 	_, err = f.Write(raw)
-	if err == nil && flush {
+	if err == nil {
 		err = f.Sync()
 	}
 	return errors.Join(err, f.Close())

@@ -261,20 +261,18 @@ func (s *saving) complete() (engine.Saved, error) {
 	if s.spec.Kind != engine.SaveMemory {
 		saved.MemoryBytes = 0
 	}
-	if err := writeManifest(s.spec.Dir, m, !s.spec.Volatile); err != nil || s.spec.Volatile {
-		return saved, err
+	if err := writeManifest(s.spec.Dir, m); err != nil {
+		return engine.Saved{}, err
 	}
 	return saved, syncDir(s.spec.Dir)
 }
 
-// flush brings the files to the disk, unless nobody needs that, and meanwhile returns their checksums.
+// flush brings the files to the disk, and meanwhile returns their checksums.
 func (s *saving) flush() ([]uint32, error) {
 	var wg sync.WaitGroup
 	errs := make([]error, len(s.files))
-	if !s.spec.Volatile {
-		for i, f := range s.files {
-			wg.Go(func() { errs[i] = f.Sync() })
-		}
+	for i, f := range s.files {
+		wg.Go(func() { errs[i] = f.Sync() })
 	}
 	sums := make([]uint32, len(s.files))
 	sumErrs := make([]error, len(s.files))
