@@ -50,8 +50,9 @@ type member struct {
 	acked    int64
 	// told means that a full report came under this registration.
 	told bool
-	// known means that a full report came since this server started, missed that it should have registered since.
-	known, missed bool
+	// known means that a full report came since this server started, missed that it should have registered since; leased that
+	// it has a lease.
+	known, missed, leased bool
 	// restoredAt is when it was taken from the store.
 	restoredAt time.Time
 	lastSeen   time.Time

@@ -51,8 +51,10 @@ func (f *fleet) sweep(now time.Time, stalled time.Duration) []turn {
 	defer f.mu.Unlock()
 	for id, m := range f.members {
 		if m.epoch == 0 { // restored from the store and not heard of yet: down, but traffic to it may go on for a while
-			if !m.missed && now.Sub(m.restoredAt) >= f.limits.DownAfter {
-				f.miss(m, now)
+			if !m.missed && !m.leased && now.Sub(m.restoredAt) >= f.limits.DownAfter {
+				m.missed = true
+				f.turn(m, sandbox.NodeDown, now)
+				f.refresh(id, nil)
 			}
 			continue
 		}
@@ -74,21 +76,14 @@ func (f *fleet) leased(id sandbox.NodeID, there bool, now time.Time) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	m := f.members[id]
-	switch {
-	case m == nil || m.epoch != 0 || m.missed:
-	case there:
+	if m == nil {
+		return
+	}
+	m.leased = there
+	if there && m.epoch == 0 && !m.missed {
 		f.turn(m, sandbox.NodeSuspect, now)
 		f.refresh(id, nil)
-	default:
-		f.miss(m, now)
 	}
-}
-
-// miss gives up waiting for a node that has not registered since this server started. It requires mu.
-func (f *fleet) miss(m *member, now time.Time) {
-	m.missed = true
-	f.turn(m, sandbox.NodeDown, now)
-	f.refresh(m.record.ID, nil)
 }
 
 // stateAfter returns the state of a node that has been silent for so long.

@@ -137,7 +137,7 @@ func TestNodesHaveLeases(t *testing.T) {
 		if n := nodeOf(t, c, "aaaaaa"); n.State != sandbox.NodeSuspect {
 			t.Errorf("known by its lease alone, it is %s", n.State)
 		}
-		asleep(14 * time.Second)
+		asleep(16 * time.Second)
 		if _, ok := there.has("node/aaaaaa"); ok {
 			t.Error("the lease goes on without the node")
 		}
