@@ -235,10 +235,20 @@ func (s *fileServer) closeHandle(handle uint32) error {
 	<-f.done
 	f.close()
 	s.served[handle] = nil
-	if f.piped && !s.write {
-		return f.in.drain() // it has an end as soon as the guest may run
+	if f.piped && !s.write && !f.in.released() {
+		s.awaitHangUp() // an answer, or this process's end, would let the guest run
 	}
 	return nil
+}
+
+// awaitHangUp waits until the sentry has hung up.
+func (s *fileServer) awaitHangUp() {
+	fds := []unix.PollFd{{Fd: int32(s.sock), Events: unix.POLLRDHUP}} //nolint:gosec // a descriptor
+	for {
+		if _, err := unix.Poll(fds, -1); !errors.Is(err, unix.EINTR) {
+			return
+		}
+	}
 }
 
 // close frees what the file holds, once run has returned.

@@ -90,10 +90,13 @@ func (p *incoming) keepUntil(at int64) error {
 	return err
 }
 
-// drain waits for the end of the pipe.
-func (p *incoming) drain() error {
-	_, err := io.Copy(io.Discard, p.pipe)
-	return err
+// goMark is behind the last page in a pipe once the guest may run. A pipe that ends without it is one whose writer has died.
+const goMark = "!"
+
+// released waits for the end of the pipe, and reports whether the guest may run.
+func (p *incoming) released() bool {
+	rest, err := io.ReadAll(io.LimitReader(p.pipe, int64(len(goMark))+1))
+	return err == nil && string(rest) == goMark
 }
 
 // isPipe reports whether a file is a pipe; nil is none.

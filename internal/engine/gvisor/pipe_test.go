@@ -48,6 +48,26 @@ func TestIncomingInAnyOrder(t *testing.T) {
 	}
 }
 
+// TestReleased lets a guest go only where the pipe says so, and not where its writer has died.
+func TestReleased(t *testing.T) {
+	for text, want := range map[string]bool{"": false, "page": false, "page" + goMark: true, "page" + goMark + "x": false, "pag" + goMark: false} {
+		r, w, err := newPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := w.WriteString(text); err != nil {
+			t.Fatal(err)
+		}
+		_ = w.Close() // written
+		in := incoming{pipe: r, kept: tempFile(t, nil)}
+		_, _ = in.readAt(make([]byte, len("page")), 0) // too short in some cases
+		if got := in.released(); got != want {
+			t.Errorf("%q: got %t", text, got)
+		}
+		_ = r.Close() // read
+	}
+}
+
 // TestPipeWaitsForFiles writes to a pipe before the other file is whole, with gVisor's own client.
 func TestPipeWaitsForFiles(t *testing.T) {
 	r, w, err := newPipe()

@@ -263,8 +263,8 @@ func (in *inflow) close() {
 	}
 }
 
-// feed hands the pages over as they come. As long as their pipe has no end, the sentry does not let the guest run: it is held
-// before, where that is wanted.
+// feed hands the pages over as they come. Until their pipe ends with a mark, the sentry does not let the guest run: it is held
+// before, where that is wanted. Should this process end first, the sentry waits until it is ended.
 func (s *starting) feed(ctx context.Context) error {
 	if _, err := io.CopyBuffer(onlyWriter{s.inflow.pages}, onlyReader{s.inflow.from}, make([]byte, pipeBytes)); err != nil {
 		return broken(err)
@@ -273,6 +273,9 @@ func (s *starting) feed(ctx context.Context) error {
 		if err := s.hold(ctx); err != nil {
 			return err
 		}
+	}
+	if _, err := io.WriteString(s.inflow.pages, goMark); err != nil {
+		return err
 	}
 	return s.inflow.pages.Close()
 }
