@@ -240,6 +240,20 @@ func Overcommit(m *MachineView) []Violation {
 	return []Violation{{Rule: "overcommit", Machine: m.Name, Text: fmt.Sprintf("%+v admitted, of %+v: %s", sum, m.Capacity, strings.Join(who, "; "))}}
 }
 
+// Standing leaves out of a machine's processes those that are one alone for a sandbox that does not run there by its record: it
+// moves, or is being cleared away.
+func Standing(sentries map[string][]int, records []journal.Record) {
+	runs := make(map[string]bool, len(records))
+	for i := range records {
+		switch records[i].State { //nolint:exhaustive // in all others it stands still, or nobody can use it
+		case sandbox.StateRunning, sandbox.StatePausing, sandbox.StateResuming:
+			runs[string(records[i].ID)] = true
+		default:
+		}
+	}
+	maps.DeleteFunc(sentries, func(id string, pids []int) bool { return len(pids) == 1 && !runs[id] })
+}
+
 // Twice says which sandboxes have processes on more than one machine, or more than one on one.
 func Twice(sentries map[string]map[string][]int) []Violation {
 	where := map[string][]string{}

@@ -137,6 +137,31 @@ func TestTwice(t *testing.T) {
 	}
 }
 
+// Of a sandbox that moves there are processes at both ends, of which none runs, or one.
+func TestStanding(t *testing.T) {
+	record := func(state sandbox.State) []journal.Record {
+		return []journal.Record{{Sandbox: sandbox.Sandbox{ID: "a", State: state}}}
+	}
+	for _, tt := range []struct {
+		one, two sandbox.State
+		want     int
+	}{
+		{"migrating", "migrating", 0}, {"migrating", "running", 0}, {"running", "deleted", 0}, {"running", "running", 1}, {"pausing", "resuming", 1},
+	} {
+		all := map[string]map[string][]int{"one": {"a": {1}}, "two": {"a": {2}}}
+		Standing(all["one"], record(tt.one))
+		Standing(all["two"], record(tt.two))
+		if got := Twice(all); len(got) != tt.want {
+			t.Errorf("%s and %s: %+v", tt.one, tt.two, got)
+		}
+	}
+	both := map[string][]int{"a": {1, 2}}
+	Standing(both, record("migrating"))
+	if len(Twice(map[string]map[string][]int{"one": both})) != 1 {
+		t.Error("two processes of one sandbox on one machine are allowed")
+	}
+}
+
 func TestMissing(t *testing.T) {
 	b := Box{Tried: 4, Written: []int{1, 3}}
 	for _, tt := range []struct {

@@ -207,7 +207,7 @@ func (r *Run) use(ctx context.Context, began time.Time, ops []Operation) {
 // watch looks for what must not be at any time.
 func (r *Run) watch(ctx context.Context) {
 	for last := time.Now(); pause(ctx, lookEvery); {
-		found := twice(r.cluster.Nodes)
+		found := r.twice(ctx)
 		if time.Since(last) >= sumEvery {
 			last = time.Now()
 			for _, m := range r.cluster.Nodes {
