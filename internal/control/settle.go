@@ -86,8 +86,10 @@ const (
 	// verdictDrop is for a copy that does not count, verdictEnd for any of a sandbox that is no more.
 	verdictDrop
 	verdictEnd
-	// verdictAsk is for a received copy that does not count unless the node that the placement names still has the sandbox.
+	// verdictAsk is for a received copy that does not count unless the node that the placement names still has the sandbox,
+	// verdictBack for one that departed and counts again if that node knows nothing of it.
 	verdictAsk
+	verdictBack
 	// verdictNews is for one that counts after all, as what spoke against it is gone.
 	verdictNews
 )
@@ -124,6 +126,8 @@ func (c *Control) settleOne(ctx context.Context, id sandbox.ID, copies []stray, 
 			errs = append(errs, c.forgetAt(ctx, id, one.box.NodeID, one.box.Generation+1))
 		case v == verdictAsk && aged:
 			errs = append(errs, c.dropUnlessThere(ctx, at.Node, &one.box))
+		case v == verdictBack && aged:
+			errs = append(errs, c.backUnlessKnown(ctx, at, &one.box))
 		}
 	}
 	return errors.Join(append(errs, c.settleOpen(ctx, at, open))...)
@@ -151,6 +155,8 @@ func (c *Control) judge(at *sandbox.Placement, box *sandbox.Sandbox, all []stray
 		}
 	case c.confirmed(*at):
 		return verdictDrop
+	case box.State == sandbox.StateMigrating && c.fleet.isReady(at.Node):
+		return verdictBack
 	}
 	return verdictWait
 }
@@ -212,6 +218,24 @@ func (c *Control) settleOpen(ctx context.Context, at *sandbox.Placement, open []
 		return errors.Join(err, commitErr)
 	}
 	return c.giveBack(ctx, back.ID, back.NodeID, next.Generation)
+}
+
+// backUnlessKnown has a copy that departed go on if the node that the placement names knows nothing of the sandbox: it lost what
+// it had received before it ran there. Of one that ran there and ended, that node knows until its end is recorded here.
+func (c *Control) backUnlessKnown(ctx context.Context, at *sandbox.Placement, departed *sandbox.Sandbox) error {
+	known, err := c.knows(ctx, departed.ID, at.Node)
+	if err != nil || known {
+		return err
+	}
+	next := sandbox.Placement{
+		ID: departed.ID, Node: departed.NodeID, Generation: max(at.Generation, departed.Generation) + 1, Stale: []sandbox.NodeID{at.Node},
+	}
+	if err := c.commitPlacement(ctx, next); err != nil {
+		return err
+	}
+	c.log.LogAttrs(ctx, slog.LevelWarn, "moved sandbox was lost before it ran and goes on where it was", slog.String("sandbox_id", string(departed.ID)),
+		slog.String("lost_at", string(at.Node)), nodeAttr(departed.NodeID), slog.Int64("generation", next.Generation))
+	return c.giveBack(ctx, departed.ID, departed.NodeID, next.Generation)
 }
 
 // dropUnlessThere drops a received copy if the node that the placement names says that it has the sandbox no more: it ended

@@ -3,6 +3,7 @@ package control_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -176,6 +177,35 @@ func TestReceivedUnheard(t *testing.T) {
 					p.gone(t)
 					return
 				}
+				p.check(t, p.a, sandbox.StateRunning, agentv1.State_STATE_RUNNING)
+			})
+		})
+	}
+}
+
+// TestReceivedAndLost has the node that a sandbox was moved to lose it before it ran there: it goes on where it was.
+func TestReceivedAndLost(t *testing.T) {
+	for _, restarts := range []bool{false, true} {
+		t.Run(fmt.Sprintf("server restarts %t", restarts), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				p := newPair(t)
+				p.b.FailOn("Arrive", apitest.Fault{Err: errAway})
+				p.drain(t, control.DrainRequest{})
+				synctest.Wait()
+				asleep(2 * time.Second)
+				if _, err := p.b.Forget(t.Context(), &agentv1.ForgetRequest{Id: string(p.box.ID)}); err != nil {
+					t.Fatal(err)
+				}
+				p.b.FailOn("Arrive", apitest.Fault{})
+				if _, err := p.Control.UpdateNode(t.Context(), "aaaaaa", control.NodeChange{Cordoned: new(false)}); err != nil {
+					t.Fatal(err)
+				}
+				if restarts {
+					p.restart(t)
+					p.Join(t, p.a)
+					p.Join(t, p.b)
+				}
+				p.pass(t, 30*time.Second)
 				p.check(t, p.a, sandbox.StateRunning, agentv1.State_STATE_RUNNING)
 			})
 		})

@@ -97,21 +97,33 @@ func (c *Control) confirmed(p sandbox.Placement) bool {
 
 // hasIt asks a node whether it has a sandbox that has not ended.
 func (c *Control) hasIt(ctx context.Context, id sandbox.ID, at sandbox.NodeID) (bool, error) {
+	box, known, err := c.ask(ctx, id, at)
+	return known && !box.State.Ended(), err
+}
+
+// knows asks a node whether it has a sandbox, or has had one that ended lately.
+func (c *Control) knows(ctx context.Context, id sandbox.ID, at sandbox.NodeID) (bool, error) {
+	_, known, err := c.ask(ctx, id, at)
+	return known, err
+}
+
+// ask asks a node for a sandbox.
+func (c *Control) ask(ctx context.Context, id sandbox.ID, at sandbox.NodeID) (box sandbox.Sandbox, known bool, err error) {
 	agent, err := c.agent(at)
 	if err != nil {
-		return false, err
+		return box, false, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, c.limits.CallDeadline)
 	defer cancel()
 	resp, err := agent.Get(ctx, &agentv1.GetRequest{Id: string(id)})
 	if err = fromNode(at, err); errors.Is(err, sandbox.ErrNotFound) {
-		return false, nil
+		return box, false, nil
 	}
 	if err != nil {
-		return false, err
+		return box, false, err
 	}
-	box, err := sandboxFromWire(at, resp.GetSandbox())
-	return err == nil && !box.State.Ended(), err
+	box, err = sandboxFromWire(at, resp.GetSandbox())
+	return box, err == nil, err
 }
 
 // askAgain looks whether the node of this process still has a sandbox that a report has left out, which may have been written
