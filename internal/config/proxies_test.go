@@ -17,8 +17,19 @@ func TestProxyAddresses(t *testing.T) {
 		t.Errorf("%v %s", err, diff)
 	}
 	for _, bad := range [][]string{
-		{"http://edge-1:3005"}, {"https://edge-1:3005/traffic"}, {"https://me@edge-1"}, {"https://me:secret@edge-1:3005"}, {"https://edge-1?x=1"},
-		{"https://edge-1#x"}, {"https://"}, {":3005"}, {"edge-1:0"}, {"edge-1:"}, {"edge-1:70000"}, {"edge 1"}, {"edge-1", "https://EDGE-1:3005/"},
+		{"http://edge-1:3005"},
+		{"https://edge-1:3005/traffic"},
+		{"https://me@edge-1"},
+		{"https://me:secret@edge-1:3005"},
+		{"https://edge-1?x=1"},
+		{"https://edge-1#x"},
+		{"https://"},
+		{":3005"},
+		{"edge-1:0"},
+		{"edge-1:"},
+		{"edge-1:70000"},
+		{"edge 1"},
+		{"edge-1", "https://EDGE-1:3005/"},
 	} {
 		c.Proxies = bad
 		if got, err := c.ProxyAddresses(); err == nil || !strings.Contains(err.Error(), "proxies: ") || !strings.Contains(err.Error(), bad[0]) {

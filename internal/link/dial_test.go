@@ -13,14 +13,23 @@ import (
 	"github.com/cloister-dev/cloister/internal/sandbox"
 )
 
-// awaiting returns a member's link that waits for a server, what is told of each connection, and what ends it. addr may be that
-// of one that has ended.
-func (r *rig) awaiting(m sandbox.Member, addr string) (l *link.Link, at string, came <-chan struct{}, stop func()) {
+// waiting is a member's link that waits for a server at an address.
+type waiting struct {
+	*link.Link
+
+	at string
+	// came is told of each connection.
+	came <-chan struct{}
+	stop func()
+}
+
+// awaiting returns a link that waits. addr may be that of one that has ended.
+func (r *rig) awaiting(m sandbox.Member, addr string) waiting {
 	r.tb.Helper()
 	own := r.identity(m)
-	l = link.New(link.Config{Self: m, AwaitTLS: own.ServerTLS(), Identify: auth.MemberOf, Logger: logger()})
+	l := link.New(link.Config{Self: m, AwaitTLS: own.ServerTLS(), Identify: auth.MemberOf, Logger: logger()})
 	ln := counted{listen(r.tb, addr), make(chan struct{}, 1000)}
-	return l, ln.Addr().String(), ln.came, run(r.tb, func(ctx context.Context) error { return l.Await(ctx, ln) })
+	return waiting{l, ln.Addr().String(), ln.came, run(r.tb, func(ctx context.Context) error { return l.Await(ctx, ln) })}
 }
 
 // counted is a listener that tells of each connection.
@@ -49,10 +58,10 @@ func TestDialedLink(t *testing.T) {
 	r := newRig(t)
 	r.link(nodeA, tcpGuest(t, echo))
 	<-r.up
-	l, at, _, end := r.awaiting(proxyP, "127.0.0.1:0")
+	l := r.awaiting(proxyP, "127.0.0.1:0")
 	works := func(when string) {
 		t.Helper()
-		r.wait("the link "+when, func() bool { return link.Ready(l) && link.HubReady(r.hub, proxyP) })
+		r.wait("the link "+when, func() bool { return link.Ready(l.Link) && link.HubReady(r.hub, proxyP) })
 		if got, err := get(t.Context(), l.HTTPClient(), ""); err != nil || got != "server for proxy/proxyp" {
 			t.Errorf("%s: the proxy's call: %q, %v", when, got, err)
 		}
@@ -69,9 +78,9 @@ func TestDialedLink(t *testing.T) {
 			t.Errorf("%s: a guest by way of the server: %q, %v", when, back, err)
 		}
 	}
-	stop := r.dials(r.hub, at)
+	stop := r.dials(r.hub, l.at)
 	works("at first")
-	if p := <-r.up; p.Member != proxyP || p.Dialed != at || p.Remote.String() != at {
+	if p := <-r.up; p.Member != proxyP || p.Dialed != l.at || p.Remote.String() != l.at {
 		t.Errorf("up: %+v", p)
 	}
 	link.CutBulk(r.hub, proxyP)
@@ -83,31 +92,31 @@ func TestDialedLink(t *testing.T) {
 	stop()
 	r.wait("its end", func() bool { return !l.Connected() && !r.hub.Connected(proxyP) })
 	<-r.down
-	r.dials(r.hub, at)
+	r.dials(r.hub, l.at)
 	works("with the server's next life")
-	end()
+	l.stop()
 	<-r.down
-	l, _, _, _ = r.awaiting(proxyP, at)
+	l = r.awaiting(proxyP, l.at)
 	works("with the proxy's next life")
 }
 
 // TestMadeTwice keeps a member that has a link from getting another one in another way.
 func TestMadeTwice(t *testing.T) {
 	r := newRig(t)
-	first, at, came, _ := r.awaiting(proxyP, "127.0.0.1:0")
-	second, other, otherCame, _ := r.awaiting(proxyP, "127.0.0.1:0")
-	r.dials(r.hub, at)
-	r.wait("the first", func() bool { return link.Ready(first) && link.HubReady(r.hub, proxyP) })
-	<-came
-	<-came
+	first := r.awaiting(proxyP, "127.0.0.1:0")
+	second := r.awaiting(proxyP, "127.0.0.1:0")
+	r.dials(r.hub, first.at)
+	r.wait("the first", func() bool { return link.Ready(first.Link) && link.HubReady(r.hub, proxyP) })
+	<-first.came
+	<-first.came
 	for _, refused := range []struct {
 		how string
 		try func()
 	}{
 		{"dialed by two names", func() {
-			r.dials(r.hub, other)
-			<-otherCame
-			<-otherCame // the first attempt is over
+			r.dials(r.hub, second.at)
+			<-second.came
+			<-second.came // the first attempt is over
 		}},
 		{"dialing too", func() {
 			l := r.unlinked(proxyP, link.Handlers{})
@@ -117,9 +126,9 @@ func TestMadeTwice(t *testing.T) {
 		{"of another server", func() {
 			own := r.identity(sandbox.Member{Role: sandbox.RoleServer, ID: "second"})
 			h := link.NewHub(link.HubConfig{TLS: own.ServerTLS(), ClientTLS: own.ClientTLS, Identify: auth.MemberOf, Logger: logger()})
-			r.dials(h, at)
-			<-came
-			<-came
+			r.dials(h, first.at)
+			<-first.came
+			<-first.came
 		}},
 	} {
 		refused.try()
@@ -132,14 +141,14 @@ func TestMadeTwice(t *testing.T) {
 // TestWhoMayDial has others than servers dial a member that waits, and a server dial somebody else.
 func TestWhoMayDial(t *testing.T) {
 	r := newRig(t)
-	l, at, _, _ := r.awaiting(proxyP, "127.0.0.1:0")
+	l := r.awaiting(proxyP, "127.0.0.1:0")
 	for name, conf := range map[string]*tls.Config{
 		"a node": r.identity(nodeA).ClientTLS(proxyP), "a stranger": newRig(t).identity(server).ClientTLS(proxyP),
 	} {
 		conf.NextProtos = []string{"cloister-link/1"}
-		conf.InsecureSkipVerify = true //nolint:gosec // it is the other end that is looked at
+		conf.InsecureSkipVerify = true // it is the other end that is looked at
 		conf.VerifyConnection = nil
-		c, err := (&tls.Dialer{Config: conf}).DialContext(t.Context(), "tcp", at)
+		c, err := (&tls.Dialer{Config: conf}).DialContext(t.Context(), "tcp", l.at)
 		if err == nil {
 			_, _ = c.Write(make([]byte, 16))
 			answer := make([]byte, 1)
@@ -149,10 +158,10 @@ func TestWhoMayDial(t *testing.T) {
 			_ = c.Close()
 		}
 	}
-	node, nodeAt, came, _ := r.awaiting(nodeB, "127.0.0.1:0")
-	r.dials(r.hub, nodeAt)
-	<-came
-	<-came
+	node := r.awaiting(nodeB, "127.0.0.1:0")
+	r.dials(r.hub, node.at)
+	<-node.came
+	<-node.came
 	if l.Connected() || node.Connected() || len(r.hub.Peers()) != 0 {
 		t.Errorf("peers: %v; want none", r.hub.Peers())
 	}

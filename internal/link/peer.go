@@ -65,7 +65,7 @@ func (h *Hub) carry(ctx context.Context, p *peer, s *session, bulk func(context.
 	if !p.setControl(s) {
 		return // replaced already
 	}
-	h.cfg.Logger.InfoContext(ctx, "link up", slog.String("member", p.Member.String()), slog.String("remote", p.Remote.String()))
+	h.cfg.Logger.InfoContext(ctx, "link up", slog.String("member", p.String()), slog.String("remote", p.Remote.String()))
 	tell(h.cfg.OnUp, p.Peer)
 	streams.Go(func() { s.serve(ctx, func(ctx context.Context, st *stream) { h.takeStream(ctx, st, p.Member) }) })
 	if bulk != nil {
@@ -74,7 +74,7 @@ func (h *Hub) carry(ctx context.Context, p *peer, s *session, bulk func(context.
 	<-s.done()
 	h.remove(p)
 	p.end()
-	h.cfg.Logger.InfoContext(ctx, "link down", slog.String("member", p.Member.String()), slog.String("remote", p.Remote.String()))
+	h.cfg.Logger.InfoContext(ctx, "link down", slog.String("member", p.String()), slog.String("remote", p.Remote.String()))
 	tell(h.cfg.OnDown, p.Peer)
 	p.finish() // a link that takes this one's place need not wait for streams that take their time to end
 }

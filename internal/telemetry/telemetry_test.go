@@ -127,7 +127,6 @@ func TestTracesReachTheCollector(t *testing.T) {
 	}
 	text := <-got
 	if !strings.HasPrefix(text, "/v1/traces ") || !strings.Contains(text, "GET /some/pattern") {
-
 		t.Errorf("the collector got %q", text)
 	}
 	if !strings.Contains(text, "proxy PUT") || !strings.Contains(text, "abcdefghijklmnop") || !strings.Contains(text, http.StatusText(http.StatusBadGateway)) {

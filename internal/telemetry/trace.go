@@ -76,7 +76,7 @@ func Traced(next http.Handler, name func(*http.Request) string) http.Handler {
 // answer's status, 0 where none was sent.
 func SpanOf(ctx context.Context, name, method string, field func(name string) string) (spanned context.Context, end func(status int)) {
 	ctx = otel.GetTextMapPropagator().Extract(ctx, fieldCarrier(field))
-	ctx, span := otel.Tracer(scope).Start(ctx, name)
+	ctx, span := otel.Tracer(scope).Start(ctx, name) //nolint:spancheck // end ends it
 	return ctx, func(status int) {
 		span.SetAttributes(attribute.String("http.request.method", method))
 		if status > 0 {

@@ -164,6 +164,7 @@ func (f static) sandbox(t *testing.T) client.Sandbox {
 
 // idle has a sandbox paused when nobody uses it, not while somebody does, and resumed by a request.
 func (f static) idle(t *testing.T, s client.Sandbox) {
+	t.Helper()
 	f.Wait("the sandbox to be paused", func(ctx context.Context) bool { return state(ctx, f.Server, s.ID) == "paused" })
 	checkWork(t, f.Cluster, f.edge, s.ID)
 	stream := fleet{f.Cluster, s.ID}.upload(t, f.edge)
@@ -174,6 +175,7 @@ func (f static) idle(t *testing.T, s client.Sandbox) {
 
 // server takes the server away while a request is open: the proxy goes on, and nothing is paused when the server is back.
 func (f static) server(t *testing.T, s client.Sandbox) {
+	t.Helper()
 	checkWork(t, f.Cluster, f.edge, s.ID)
 	stream := fleet{f.Cluster, s.ID}.upload(t, f.edge)
 	f.Server.Signal(syscall.SIGKILL)
@@ -190,6 +192,7 @@ func (f static) server(t *testing.T, s client.Sandbox) {
 // proxy ends the proxy softly and hard; the server finds it again. One that was told to stop takes connections for a while, and a
 // second signal ends that.
 func (f static) proxy(t *testing.T, s client.Sandbox) {
+	t.Helper()
 	f.edge.Signal(syscall.SIGTERM)
 	f.edge.Again("--proxy-drain-delay", "5m")
 	f.ready(t)
