@@ -112,11 +112,11 @@ func (l *Link) takeBulk(ctx context.Context, c *tls.Conn, server sandbox.Member,
 		return sandbox.Conflictf("the link that this bulk connection belongs to is over")
 	}
 	if err := accept(c); err != nil {
-		return nil // it has gone again
+		return nil //nolint:nilerr // it has gone again
 	}
 	s, err := newSession(c, false, true)
 	if err != nil {
-		return nil // likewise
+		return nil //nolint:nilerr // likewise
 	}
 	serveBulk(ctx, m.pair, s, l.takeStream)
 	return nil
