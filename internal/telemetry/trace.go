@@ -77,7 +77,7 @@ func Traced(next http.Handler, name func(*http.Request) string) http.Handler {
 func SpanOf(ctx context.Context, name, method string, field func(name string) string) (spanned context.Context, end func(status int)) {
 	ctx = otel.GetTextMapPropagator().Extract(ctx, fieldCarrier(field))
 	ctx, span := otel.Tracer(scope).Start(ctx, name) //nolint:spancheck // end ends it
-	return ctx, func(status int) { //nolint:spancheck // likewise
+	return ctx, func(status int) {                   //nolint:spancheck // likewise
 		span.SetAttributes(attribute.String("http.request.method", method))
 		if status > 0 {
 			span.SetAttributes(attribute.Int("http.response.status_code", status))
