@@ -45,17 +45,21 @@ func pattern(n int) []byte {
 // sandboxOn makes a sandbox on a node, the others being cordoned while it is made.
 func sandboxOn(t *testing.T, c *harness.Cluster, m *harness.Machine) client.Sandbox {
 	t.Helper()
+	all, err := c.Client().Nodes(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
 	cordon := func(yes bool) {
-		for _, other := range c.Nodes {
-			if other == m {
+		for _, other := range all {
+			if other.Name == m.Name || other.State != "ready" {
 				continue
 			}
-			if _, err := c.Client().UpdateNode(t.Context(), other.Name, client.UpdateNode{Cordoned: &yes}); err != nil {
+			if _, err := c.Client().UpdateNode(t.Context(), other.ID, client.UpdateNode{Cordoned: &yes}); err != nil {
 				t.Fatal(err)
 			}
 		}
 	}
-	cordon(true)
+	cordon(true) // a selector would bind the sandbox for good
 	s, err := c.Client().CreateSandbox(t.Context(), client.CreateSandbox{TimeoutSeconds: 900})
 	if err != nil {
 		t.Fatal(err)
