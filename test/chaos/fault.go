@@ -100,13 +100,19 @@ func (r *Run) stop(ctx context.Context, s step, m *harness.Machine) error {
 	return nil
 }
 
-// ran returns the sandboxes that a power failure ends: those whose processes are not kept anywhere.
+// ran returns the sandboxes that a power failure ends: those whose processes are not kept anywhere. One that came from elsewhere
+// and has not run here is still there.
 func ran(records []journal.Record) []string {
 	var out []string
 	for i := range records {
-		switch records[i].State { //nolint:exhaustive // all others are kept, or have ended
+		r := &records[i]
+		switch r.State { //nolint:exhaustive // all others are kept, or have ended
 		case sandbox.StateCreating, sandbox.StateRunning, sandbox.StatePausing, sandbox.StateResuming, sandbox.StateStopping:
-			out = append(out, string(records[i].ID))
+			out = append(out, string(r.ID))
+		case sandbox.StateMigrating:
+			if r.Checkpoint == "" && !r.Received {
+				out = append(out, string(r.ID))
+			}
 		default:
 		}
 	}
