@@ -78,7 +78,7 @@ func TestRestoredLimits(t *testing.T) {
 		}
 		r, w2 := p.again(t, e, s, dir, 1)
 		st, err := e.Stats(testContext(t), r.ID)
-		if err != nil || st.MemoryBytes < heap || st.MemoryBytes > heap+(64<<20) || st.DiskBytes < 8<<20 {
+		if err != nil || st.MemoryBytes < heap || st.MemoryBytes > heap+(96<<20) || st.DiskBytes < 8<<20 {
 			t.Errorf("got %+v, %v, want its memory and disk", st, err)
 		}
 		for _, pid := range e.cgroups.pids(r.ID) {
