@@ -57,7 +57,7 @@ func holdForeign() (release func()) {
 		if err != nil || slices.Contains(held, fd) || !isPacketSocket(fd) { // held: the number was that of the directory
 			continue
 		}
-		if dup, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0); err == nil { // else it was closed just now
+		if dup, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, unix.Stderr+1); err == nil { // else it was closed just now
 			held = append(held, dup)
 		}
 	}
