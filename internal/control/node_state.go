@@ -14,6 +14,10 @@ import (
 // sweepEvery is how often the silence of nodes is looked at.
 const sweepEvery = time.Second
 
+// linkWithin is how long a node may take to find a server again that was away: the longest wait between two attempts, and the
+// time to register.
+const linkWithin = 8 * time.Second
+
 // maxTurns bounds the changes of state that wait to be told; the oldest are dropped.
 const maxTurns = 1024
 
@@ -51,7 +55,7 @@ func (f *fleet) sweep(now time.Time, stalled time.Duration) []turn {
 	defer f.mu.Unlock()
 	for id, m := range f.members {
 		if m.epoch == 0 { // restored from the store and not heard of yet: down, but traffic to it may go on for a while
-			if !m.missed && !m.leased && now.Sub(m.restoredAt) >= f.limits.DownAfter {
+			if !m.missed && !m.leased && now.Sub(m.restoredAt) >= max(f.limits.DownAfter, linkWithin) {
 				m.missed = true
 				f.turn(m, sandbox.NodeDown, now)
 				f.refresh(id, nil)
