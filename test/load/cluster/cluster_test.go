@@ -20,10 +20,10 @@ const (
 	heapMiB   = "64"
 )
 
-// BenchmarkCluster measures on a server with a node and a proxy of its own, a second node, and a proxy apart.
+// BenchmarkCluster measures on a server with a node and a proxy of its own, five nodes, and a proxy apart.
 func BenchmarkCluster(b *testing.B) {
 	s := suite{harness.NewCluster(b, harness.Shape{
-		AllInOne: true, Nodes: 1, Proxies: 1, Programs: []string{workload}, Flags: []string{"--log-level", "info"},
+		AllInOne: true, Nodes: 5, Proxies: 1, Programs: []string{workload}, Flags: []string{"--log-level", "info"},
 	})}
 	b.Run("create", s.create)
 	b.Run("resume", s.resume)
